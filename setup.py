@@ -1,0 +1,33 @@
+"""Packaging; the metadata is in setup.cfg's place here because its user fixed this file."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="strictproxy",
+    version="0.1.0",
+    description="Strict least-connection reverse proxy for heavy services on Kubernetes",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["strictproxy", "strictproxy.*"]), "twisted.plugins"],
+    package_data={"strictproxy": ["py.typed"]},
+    install_requires=[
+        "Twisted[tls]>=25.5,<27",
+        "treq>=24.9,<27",
+        "PyYAML>=6.0,<7",
+        "service_identity>=24.1,<27",
+        "httptools>=0.7,<1",
+        "click>=8.1,<9",
+        "zope.interface>=7,<9",
+    ],
+    extras_require={
+        "demo": ["rich>=13.9,<16"],
+    },
+    entry_points={"console_scripts": ["strictproxy = strictproxy.cli:main"]},
+    zip_safe=False,
+)

@@ -1,0 +1,1 @@
+"""A strict least-connection reverse proxy for heavy services on Kubernetes."""

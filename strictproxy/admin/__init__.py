@@ -1,0 +1,5 @@
+"""
+What operators and the kubelet ask: health, readiness, state.
+
+Reads snapshots; never reaches into anything.
+"""

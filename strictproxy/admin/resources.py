@@ -1,0 +1,90 @@
+"""The admin listener's resources."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from twisted.web.http import Request
+from twisted.web.resource import Resource
+
+from strictproxy.upstream import Upstream
+
+
+class _Probe(Resource):
+    """Answers 200 or 503, with the reason as text."""
+
+    isLeaf = True
+
+    def __init__(self, check: Callable[[], str | None]) -> None:
+        super().__init__()
+        self._check = check
+
+    def render_GET(self, request: Request) -> bytes:
+        problem = self._check()
+        request.setHeader(b"content-type", b"text/plain; charset=utf-8")
+        if problem is None:
+            return b"ok\n"
+        request.setResponseCode(503)
+        return problem.encode() + b"\n"
+
+
+class _State(Resource):
+    """The state of every upstream as JSON."""
+
+    isLeaf = True
+
+    def __init__(self, upstreams: Mapping[str, Upstream]) -> None:
+        super().__init__()
+        self._upstreams = upstreams
+
+    def render_GET(self, request: Request) -> bytes:
+        request.setHeader(b"content-type", b"application/json")
+        document = {name: upstream_state(each) for name, each in self._upstreams.items()}
+        return json.dumps({"upstreams": document}, indent=2).encode() + b"\n"
+
+
+def upstream_state(upstream: Upstream) -> dict[str, Any]:
+    """Return an upstream's state as plain data."""
+    state = upstream.state()
+    return {
+        "trusted": upstream.trusted,
+        "waiting": state.waiting,
+        "running": state.running,
+        "slots": state.slots,
+        "pods": [
+            {
+                "address": str(pod.address),
+                "leases": pod.leases,
+                "limit": pod.limit,
+                "known": pod.known,
+            }
+            for pod in state.pods
+        ],
+    }
+
+
+def make_admin(upstreams: Mapping[str, Upstream], is_closing: Callable[[], bool]) -> Resource:
+    """
+    Return the root of the admin site.
+
+    `/healthz`: the process answers. `/readyz`: every upstream has had its
+    first trusted address set, and the proxy is not shutting down.
+    """
+
+    def ready() -> str | None:
+        if is_closing():
+            return "shutting down"
+        waiting = [name for name, each in upstreams.items() if not each.trusted]
+        return f"no trusted address set yet for: {', '.join(waiting)}" if waiting else None
+
+    root = Resource()
+    root.putChild(b"healthz", _Probe(lambda: None))
+    root.putChild(b"readyz", _Probe(ready))
+    api = Resource()
+    version = Resource()
+    root.putChild(b"api", api)
+    api.putChild(b"v1", version)
+    version.putChild(b"state", _State(upstreams))
+    return root

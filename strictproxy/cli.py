@@ -1,0 +1,58 @@
+"""The `strictproxy` command: everything but running the proxy, which is twistd's."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+
+from strictproxy.config import Config, InvalidConfig, load
+from strictproxy.errors import ConfigError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("strictproxy"), prog_name="strictproxy")
+def main() -> None:
+    """
+    Tools for strictproxy.
+
+    The proxy itself runs as: twistd -n strictproxy --config FILE
+    """
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def check(file: Path) -> None:
+    """
+    Validate a configuration FILE.
+
+    Prints every mistake as FILE:LINE:COLUMN: KEY: MESSAGE and exits 1; exits 0
+    if there is none.
+    """
+    try:
+        config = load(file)
+    except InvalidConfig as error:
+        for problem in error.problems:
+            click.echo(str(problem), err=True)
+        count = len(error.problems)
+        click.echo(f"{count} {'mistake' if count == 1 else 'mistakes'}", err=True)
+        sys.exit(1)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)
+    click.echo(f"{file}: ok: {_summary(config)}")
+
+
+def _summary(config: Config) -> str:
+    counts = {
+        "listener": len(config.listen),
+        "upstream": len(config.upstreams),
+        "route": len(config.routes),
+    }
+    return ", ".join(f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items())
+
+
+if __name__ == "__main__":
+    main()

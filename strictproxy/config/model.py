@@ -1,0 +1,178 @@
+"""
+The configuration as frozen records.
+
+What a key means and its default live here; how it is written and checked is
+`strictproxy.config.reader`'s and `strictproxy.config.schema`'s business.
+Durations are seconds, sizes are bytes, None means "no bound" unless said
+otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from strictproxy.scheduling import Address
+
+Server = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class StaticSource:
+    """Pods that never change."""
+
+    pods: tuple[Address, ...]
+
+
+@dataclass(frozen=True)
+class DnsSource:
+    """Pods that are the addresses of a headless Service's name."""
+
+    name: str
+    port: int
+    #: between two looks while nothing changes
+    every: float = 2.0
+    #: how many lookups must agree before a new set is believed
+    lookups: int = 5
+    #: between those lookups
+    interval: float = 0.5
+    #: until the next look when they did not agree
+    retry_after: float = 10.0
+    #: name servers to ask; those of resolv.conf if empty
+    servers: tuple[Server, ...] = ()
+
+
+Source = StaticSource | DnsSource
+
+
+@dataclass(frozen=True)
+class QueueConfig:
+    """The line of an upstream."""
+
+    size: int = 1000
+    timeout: float | None = 3600.0
+    no_pods_timeout: float = 30.0
+
+
+@dataclass(frozen=True)
+class PodConnections:
+    """Connections to the pods of an upstream."""
+
+    connect_timeout: float = 5.0
+    #: idle connections are kept so long: less than common servers do (gunicorn: 2 s)
+    keepalive: float = 1.5
+    #: until the first byte of the answer
+    first_byte_timeout: float | None = None
+    #: between two pieces of the answer
+    idle_timeout: float | None = 600.0
+
+
+@dataclass(frozen=True)
+class UpstreamConfig:
+    """Pods that do the same job."""
+
+    name: str
+    source: Source
+    #: requests in flight per pod
+    limit: int = 1
+    queue: QueueConfig = QueueConfig()
+    connections: PodConnections = PodConnections()
+
+
+class OnDisconnect(Enum):
+    """What happens to a request on a pod when its client goes away."""
+
+    CANCEL = "cancel"
+    FINISH = "finish"
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a request must look like for a route; what is None or empty is not looked at."""
+
+    #: exact path
+    path: str | None = None
+    #: the path, or any path below it
+    prefix: str | None = None
+    #: regular expression that matches the whole path
+    regex: str | None = None
+    #: exact host, or `*.suffix`
+    host: str | None = None
+    methods: frozenset[str] = frozenset()
+    #: header name (lower case) and value, all of which must be present
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class RouteConfig:
+    """What matches a request, and what is done with it."""
+
+    name: str
+    match: Match
+    upstream: str
+    #: requests of this route in flight per pod, besides the upstream's limit
+    limit: int | None = None
+    #: replaces the matched prefix (or exact path) before the request goes to the pod
+    replace_prefix: str | None = None
+    on_client_disconnect: OnDisconnect = OnDisconnect.CANCEL
+    max_body: int | None = None
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """A custom router: the plugin's name and the settings passed to it."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Limits on clients and their connections."""
+
+    connections: int = 10_000
+    header_timeout: float = 15.0
+    body_timeout: float = 60.0
+    keepalive: float = 75.0
+    max_headers: int = 100
+    max_header_bytes: int = 64 * 1024
+    max_target: int = 16 * 1024
+    max_body: int | None = 16 * 2**30
+    #: read ahead of a body while its request waits for a slot
+    read_ahead: int = 64 * 1024
+
+
+class LogFormat(Enum):
+    """How log lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where log lines go and what they look like."""
+
+    format: LogFormat = LogFormat.TEXT
+    level: str = "info"
+    #: one line per request
+    access: bool = True
+    #: path, or None for standard output
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a configuration file says."""
+
+    listen: tuple[str, ...]
+    upstreams: Mapping[str, UpstreamConfig]
+    routes: tuple[RouteConfig, ...]
+    routers: tuple[RouterConfig, ...] = ()
+    admin: str | None = None
+    client: ClientConfig = ClientConfig()
+    log: LogConfig = LogConfig()
+    #: running and waiting requests may take so long after SIGTERM
+    drain_timeout: float = 30.0

@@ -1,0 +1,26 @@
+"""Pods that are written in the configuration."""
+
+from __future__ import annotations
+
+from zope.interface import implementer
+
+from strictproxy.config.model import StaticSource
+from strictproxy.interfaces import IDiscovery, Publish
+
+
+@implementer(IDiscovery)
+class StaticDiscovery:
+    """Publishes the configured pods once."""
+
+    def __init__(self, source: StaticSource) -> None:
+        self._pods = source.pods
+
+    def start(self, publish: Publish) -> None:
+        """Publish."""
+        publish(self._pods)
+
+    def stop(self) -> None:
+        """Do nothing."""
+
+    def look_now(self) -> None:
+        """Do nothing: there is nowhere to look."""

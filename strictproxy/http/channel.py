@@ -1,0 +1,578 @@
+"""
+The client's side: one connection, its requests one after another.
+
+`ServerChannel` parses and streams; each request on it is a `ClientRequest`,
+which is what a resource's `render` gets. Bodies are never held whole: until
+the handler opens the body, up to `read_ahead` bytes are kept and then the
+client is paused; after that the bytes flow as they arrive.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
+from twisted.internet.protocol import Protocol as TwistedProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from strictproxy.errors import (
+    BodyTooLarge,
+    ClientTimeout,
+    HeadersTooLarge,
+    ProxyError,
+    TargetTooLong,
+)
+from strictproxy.http.framing import (
+    BodyReader,
+    ChunkedReader,
+    LengthReader,
+    encode_chunk,
+    encode_last_chunk,
+)
+from strictproxy.http.heads import (
+    END_OF_HEAD,
+    Field,
+    RequestHead,
+    check_partial_request,
+    parse_request_head,
+)
+from strictproxy.http.problems import problem_body, problem_fields, reason_phrase
+from strictproxy.http.transport import IStreamTransport, write_now
+
+if TYPE_CHECKING:
+    from strictproxy.http.site import StrictSite
+
+_log = Logger()
+
+#: Pipelined bytes held while a request is being answered; then the client is paused.
+_MAX_PIPELINED = 64 * 1024
+
+
+class RequestHandler(Protocol):
+    """Whoever answers a `ClientRequest`; called from the channel."""
+
+    def client_data(self, data: bytes) -> None:
+        """Take body bytes; only after `open_body`."""
+
+    def client_end(self, trailers: list[Field]) -> None:
+        """Note the end of the body; only after `open_body`."""
+
+    def client_failed(self, error: ProxyError) -> None:
+        """Note that the rest of the body will not come; the client can still be answered."""
+
+    def client_gone(self) -> None:
+        """Note that the client has closed the connection; nothing can be sent any more."""
+
+    def client_full(self) -> None:
+        """Stop sending: the client reads more slowly than it is sent to."""
+
+    def client_drained(self) -> None:
+        """Go on sending."""
+
+
+class Tunnel(Protocol):
+    """Takes over a connection after a 101 response."""
+
+    def tunnel_data(self, data: bytes) -> None:
+        """Take bytes."""
+
+    def tunnel_end(self) -> None:
+        """Note that the other side will send nothing more."""
+
+
+class ClientRequest:
+    """
+    A request being read and answered.
+
+    The handler sets `handler`, answers with `send_head`, `send` and `end` (or
+    `fail`), and reads the body after `open_body`. Calls after the client has
+    gone do nothing.
+    """
+
+    __slots__ = (
+        "_ahead",
+        "_ahead_size",
+        "_body_open",
+        "_chunked",
+        "_received",
+        "body_ended",
+        "bytes_sent",
+        "channel",
+        "handler",
+        "head",
+        "head_sent",
+        "max_body",
+        "prepath",
+        "site",
+        "sitepath",
+        "status",
+        "trailers",
+    )
+
+    #: for Site.getResourceFor: the root resource is a leaf and does its own routing
+    postpath: tuple[bytes, ...] = ()
+
+    def __init__(self, channel: ServerChannel, head: RequestHead, max_body: int | None) -> None:
+        self.channel: ServerChannel | None = channel
+        self.head = head
+        self.handler: RequestHandler | None = None
+        self.prepath: list[bytes] = []
+        self.max_body = max_body
+        self.body_ended = not head.has_body
+        self.trailers: list[Field] = []
+        #: status and body bytes sent, for the access log
+        self.status = 0
+        self.bytes_sent = 0
+        self.head_sent = False
+        self._chunked = False
+        self._body_open = False
+        self._ahead: list[bytes] = []
+        self._ahead_size = 0
+        self._received = 0
+
+    # -- reading
+
+    def limit_body(self, max_body: int | None) -> None:
+        """
+        Refuse a body longer than `max_body`.
+
+        :raise BodyTooLarge: at once, if the length is known.
+        """
+        self.max_body = max_body
+        length = self.head.content_length
+        if max_body is not None and length is not None and length > max_body:
+            raise BodyTooLarge(f"the body has {length} bytes; at most {max_body} are allowed")
+
+    def open_body(self) -> bytes:
+        """Return what was read ahead; from now on the handler gets the body as it arrives."""
+        self._body_open = True
+        data = b"".join(self._ahead)
+        self._ahead.clear()
+        self._ahead_size = 0
+        self.resume()
+        return data
+
+    def pause(self) -> None:
+        """Stop reading from the client."""
+        if self.channel is not None:
+            self.channel.pause_reading()
+
+    def resume(self) -> None:
+        """Read from the client again."""
+        if self.channel is not None:
+            self.channel.resume_reading()
+
+    def body_received(self, data: bytes, limit: int) -> None:
+        """Take body bytes from the channel; `limit` is the read-ahead."""
+        self._received += len(data)
+        if self.max_body is not None and self._received > self.max_body:
+            raise BodyTooLarge(f"the body is longer than {self.max_body} bytes")
+        if self._body_open and self.handler is not None:
+            self.handler.client_data(data)
+            return
+        self._ahead.append(data)
+        self._ahead_size += len(data)
+        if self._ahead_size >= limit:
+            self.pause()
+
+    def body_complete(self, trailers: list[Field]) -> None:
+        """Take the end of the body from the channel."""
+        self.body_ended = True
+        self.trailers = trailers
+        if self._body_open and self.handler is not None:
+            self.handler.client_end(trailers)
+
+    # -- answering
+
+    def send_interim(self, status: int, reason: bytes, lines: list[bytes]) -> None:
+        """Send a 1xx response; HTTP/1.0 clients do not get it (RFC 9110, 15.2)."""
+        if self.channel is not None and self.head.http_1_1:
+            start = b"HTTP/1.1 %d %b\r\n" % (status, reason)
+            self.channel.write(b"".join([start, *lines, b"\r\n"]))
+            if status == 100:
+                self.channel.expect_body()
+
+    def send_head(
+        self,
+        status: int,
+        reason: bytes,
+        lines: list[bytes],
+        *,
+        has_body: bool,
+        framed: bool,
+        data: bytes = b"",
+        ended: bool = False,
+    ) -> None:
+        """
+        Send the response's head, and the first of its body in the same write.
+
+        :param lines: header lines; those about framing and the connection are
+            added here, but for Content-Length, which is among `lines` if known.
+        :param framed: a Content-Length is among `lines`.
+        :param ended: `data` is all of the body.
+        """
+        self.head_sent = True
+        self.status = status
+        channel = self.channel
+        if channel is None:
+            return
+        http_1_1 = self.head.http_1_1
+        out = [b"HTTP/1.1 %d %b\r\n" % (status, reason), *lines]
+        if has_body and not framed:
+            if http_1_1:
+                self._chunked = True
+                out.append(b"Transfer-Encoding: chunked\r\n")
+            else:
+                channel.keep_alive = False
+        if not channel.keep_alive:
+            out.append(b"Connection: close\r\n")
+        elif not http_1_1:
+            out.append(b"Connection: keep-alive\r\n")
+        out.append(b"\r\n")
+        if has_body and data:
+            self.bytes_sent = len(data)
+            out.append(encode_chunk(data) if self._chunked else data)
+        if ended and self._chunked:
+            out.append(encode_last_chunk([]))
+        channel.write(b"".join(out))
+        if ended:
+            self._finish()
+
+    def send(self, data: bytes) -> None:
+        """Send body bytes."""
+        self.bytes_sent += len(data)
+        if self.channel is not None and data:
+            self.channel.write(encode_chunk(data) if self._chunked else data)
+
+    def end(self, data: bytes = b"", trailers: list[Field] | None = None) -> None:
+        """End the response, with the last of its body and the trailers, where framing has them."""
+        self.bytes_sent += len(data)
+        channel = self.channel
+        if channel is None:
+            return
+        if self._chunked:
+            last = encode_last_chunk(trailers or [])
+            channel.write(encode_chunk(data) + last if data else last)
+        elif data:
+            channel.write(data)
+        self._finish()
+
+    def fail(self, error: ProxyError, retry_after: float | None = None) -> None:
+        """Answer with a problem document or, if the answer has begun, cut it off visibly."""
+        if self.channel is None:
+            return
+        if self.head_sent:
+            self.channel.abort()
+            return
+        if not self.body_ended:
+            self.channel.keep_alive = False
+        body = problem_body(error)
+        self.send_head(
+            error.status,
+            reason_phrase(error.status),
+            problem_fields(error, body, retry_after),
+            has_body=self.head.method != b"HEAD",
+            framed=True,
+            data=body,
+            ended=True,
+        )
+
+    def abort(self) -> None:
+        """Close the client's connection without ending the response."""
+        if self.channel is not None:
+            self.channel.abort()
+
+    def start_tunnel(self, tunnel: Tunnel) -> bytes:
+        """Hand the connection's bytes to `tunnel`; return those that have arrived already."""
+        assert self.channel is not None
+        return self.channel.start_tunnel(tunnel)
+
+    def _finish(self) -> None:
+        channel, self.channel = self.channel, None
+        self.handler = None
+        self._ahead.clear()
+        if channel is not None:
+            channel.request_done(self)
+
+
+@implementer(IPushProducer, IHalfCloseableProtocol)
+class ServerChannel(TwistedProtocol):
+    """One client connection."""
+
+    transport: IStreamTransport
+
+    def __init__(self, site: StrictSite, client: str) -> None:
+        self.site = site
+        #: IP address of the client
+        self.client = client
+        self.secure = False
+        self.keep_alive = True
+        self._buffer = b""
+        self._request: ClientRequest | None = None
+        self._reader: BodyReader | None = None
+        self._tunnel: Tunnel | None = None
+        self._parsing = False
+        self._paused = False
+        self._lingering = False
+        self._lost = False
+
+    # -- the connection
+
+    def connectionMade(self) -> None:
+        """Begin to wait for a request."""
+        self.transport.setTcpNoDelay(True)
+        self.transport.registerProducer(self, True)
+        self.site.channels.add(self)
+        self.site.header_timeouts.start(self, self.site.now())
+
+    def connectionLost(self, reason: Failure | None = None) -> None:
+        """Tell the handler that its client is gone."""
+        self._lost = True
+        self.site.forget(self)
+        self._buffer = b""
+        self._reader = None
+        request, self._request = self._request, None
+        tunnel, self._tunnel = self._tunnel, None
+        if request is not None:
+            request.channel = None
+            if request.handler is not None:
+                request.handler.client_gone()
+        elif tunnel is not None:
+            tunnel.tunnel_end()
+
+    def readConnectionLost(self) -> None:
+        """Take a half-closed connection for a closed one, but in a tunnel."""
+        if self._tunnel is not None:
+            self._tunnel.tunnel_end()
+        else:
+            # Some clients half-close and still read. But most that close for
+            # good look just the same, and a slot is worth more.
+            self.abort()
+
+    def writeConnectionLost(self) -> None:
+        """Our own half-close is complete; nothing to do."""
+
+    def abort(self) -> None:
+        """Close without waiting for what is still to be written."""
+        self.transport.abortConnection()
+
+    def close(self) -> None:
+        """Close once everything written has been sent."""
+        # A paused producer would keep the transport from closing.
+        self.transport.unregisterProducer()
+        self.transport.loseConnection()
+
+    # -- writing
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the client."""
+        if not self._lost:
+            write_now(self.transport, data)
+
+    def pauseProducing(self) -> None:
+        """Pass on that the client reads too slowly."""
+        if self._request is not None and self._request.handler is not None:
+            self._request.handler.client_full()
+
+    def resumeProducing(self) -> None:
+        """Pass on that the client has caught up."""
+        if self._request is not None and self._request.handler is not None:
+            self._request.handler.client_drained()
+
+    def stopProducing(self) -> None:
+        """Do nothing: connectionLost follows."""
+
+    # -- reading
+
+    def pause_reading(self) -> None:
+        """Read nothing for a while; hang-ups are noticed all the same."""
+        if not self._paused and not self._lost:
+            self._paused = True
+            self.site.body_timeouts.stop(self)
+            self.transport.pauseProducing()
+            self.site.hangups.watch(self)
+
+    def resume_reading(self) -> None:
+        """Read again."""
+        if self._paused and not self._lost:
+            self._paused = False
+            self.site.hangups.unwatch(self)
+            self.expect_body()
+            self.transport.resumeProducing()
+
+    def dataReceived(self, data: bytes) -> None:
+        """Take bytes from the client."""
+        if self._tunnel is not None:
+            self._tunnel.tunnel_data(data)
+        elif self._lingering:
+            pass
+        elif self._reader is not None:
+            self._read_body(self._reader, data)
+        elif self._request is not None:
+            self._buffer += data
+            if len(self._buffer) > _MAX_PIPELINED:
+                self.pause_reading()
+        else:
+            if self._buffer:
+                data = self._buffer + data
+            else:
+                self.site.keepalive_timeouts.stop(self)
+                self.site.header_timeouts.start(self, self.site.now())
+            self._buffer = data
+            self._read_requests()
+
+    def _read_requests(self) -> None:
+        """Start every request whose head is in the buffer, one after another."""
+        if self._parsing:
+            return
+        self._parsing = True
+        try:
+            while self._buffer and self._request is None and self._takes_requests():
+                # RFC 9112, 2.2: empty lines before a request are ignored.
+                while self._buffer.startswith(b"\r\n"):
+                    self._buffer = self._buffer[2:]
+                end = self._buffer.find(END_OF_HEAD)
+                if end < 0:
+                    self._check_partial()
+                    break
+                head, self._buffer = self._buffer[: end + 4], self._buffer[end + 4 :]
+                self._start(head)
+        except ProxyError as error:
+            self.refuse(error)
+        finally:
+            self._parsing = False
+
+    def _takes_requests(self) -> bool:
+        return not (self._lost or self._lingering or self._tunnel)
+
+    def _check_partial(self) -> None:
+        limits = self.site.limits
+        if len(self._buffer) > limits.target and b"\r\n" not in self._buffer[: limits.target + 32]:
+            raise TargetTooLong(f"the target is longer than {limits.target} bytes")
+        if len(self._buffer) > limits.size:
+            raise HeadersTooLarge(f"the headers are longer than {limits.size} bytes")
+        if self._buffer:
+            check_partial_request(self._buffer)
+
+    def _start(self, data: bytes) -> None:
+        site = self.site
+        if len(data) > site.limits.size:
+            raise HeadersTooLarge(f"the headers are longer than {site.limits.size} bytes")
+        head = parse_request_head(data, site.limits)
+        site.header_timeouts.stop(self)
+        self.keep_alive = head.keep_alive and not site.closing
+        request = self._request = ClientRequest(self, head, site.max_body)
+        if head.chunked:
+            self._reader = ChunkedReader()
+        elif head.content_length:
+            self._reader = LengthReader(head.content_length)
+        if not head.expects_continue:
+            # Else the client waits for the pod's 100, and it waits for a slot.
+            self.expect_body()
+        try:
+            request.limit_body(site.max_body)
+            site.getResourceFor(request).render(request)
+        except ProxyError as error:
+            request.fail(error)
+        except Exception:
+            _log.failure("a resource failed")
+            request.fail(ProxyError("the proxy failed; its log has more"))
+        if self._reader is not None and self._buffer:
+            data, self._buffer = self._buffer, b""
+            self._read_body(self._reader, data)
+
+    def expect_body(self) -> None:
+        """Begin to watch that the body keeps coming."""
+        if self._reader is not None and not self._paused:
+            self.site.body_timeouts.start(self, self.site.now())
+
+    def _read_body(self, reader: BodyReader, data: bytes) -> None:
+        request = self._request
+        assert request is not None
+        try:
+            body = reader.feed(data)
+            if body:
+                request.body_received(body, self.site.read_ahead)
+        except ProxyError as error:
+            self._body_failed(request, error)
+            return
+        if reader is not self._reader:
+            return  # the handler ended the exchange meanwhile
+        if reader.rest is None:
+            self.expect_body()
+            return
+        self._reader = None
+        self.site.body_timeouts.stop(self)
+        self._buffer = reader.rest
+        request.body_complete(reader.trailers)
+
+    def _body_failed(self, request: ClientRequest, error: ProxyError) -> None:
+        """Nothing behind a broken body can be trusted: answer, then close."""
+        self.keep_alive = False
+        handler = request.handler
+        if handler is not None:
+            handler.client_failed(error)
+        else:
+            request.fail(error)
+
+    # -- the end of a request
+
+    def request_done(self, request: ClientRequest) -> None:
+        """Go on to the next request, or close."""
+        self._request = None
+        if self._reader is not None:
+            # The answer came before the body did. RFC 9112, 9.6: to close at
+            # once could make the kernel drop the answer, so read on for a while.
+            self._reader = None
+            self._linger()
+        elif not self.keep_alive:
+            self._linger() if self._buffer else self.close()
+        else:
+            if self._paused:
+                self.resume_reading()
+            if self._buffer:
+                self.site.header_timeouts.start(self, self.site.now())
+                self._read_requests()
+            else:
+                self.site.keepalive_timeouts.start(self, self.site.now())
+
+    def refuse(self, error: ProxyError) -> None:
+        """Answer something that is no request, and close."""
+        self.keep_alive = False
+        self._buffer = b""
+        body = problem_body(error)
+        lines = problem_fields(error, body)
+        start = b"HTTP/1.1 %d %b\r\n" % (error.status, reason_phrase(error.status))
+        self.write(b"".join([start, *lines, b"Connection: close\r\n\r\n", body]))
+        self._linger()
+        self.site.refused(self, error)
+
+    def _linger(self) -> None:
+        """Send the rest, then wait for the client to close, for a moment."""
+        if self._lost:
+            return
+        self._lingering = True
+        self._buffer = b""
+        self.site.body_timeouts.stop(self)
+        self.site.header_timeouts.stop(self)
+        self.site.linger_timeouts.start(self, self.site.now())
+        self.resume_reading()
+        self.transport.unregisterProducer()
+        self.transport.loseWriteConnection()
+
+    def timed_out(self) -> None:
+        """Give up waiting for the rest of a head or body."""
+        if self._request is not None:
+            self._body_failed(self._request, ClientTimeout("the body stopped coming"))
+        elif self._buffer:
+            self.refuse(ClientTimeout("the request's head did not arrive in time"))
+        else:
+            self.close()
+
+    def start_tunnel(self, tunnel: Tunnel) -> bytes:
+        """Hand everything that arrives from now on to `tunnel`."""
+        self._tunnel = tunnel
+        data, self._buffer = self._buffer, b""
+        return data

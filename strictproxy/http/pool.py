@@ -1,0 +1,154 @@
+"""
+Connections to the pods of one upstream.
+
+Owns idle connections and every connection's time-outs. Does not know limits:
+whoever asks for a connection holds a lease on its pod.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Collection
+from typing import cast
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime, IStreamClientEndpoint
+from twisted.internet.protocol import Factory
+from twisted.internet.tcp import Connection
+
+from strictproxy.config.model import PodConnections
+from strictproxy.http.pod_connection import PodConnection
+from strictproxy.http.timeouts import Timeouts
+from strictproxy.scheduling import Address
+
+#: Makes the endpoint that connects to a pod within so many seconds.
+EndpointFor = Callable[[Address, float], IStreamClientEndpoint]
+
+
+class _PodFactory(Factory):
+    noisy = False
+
+    def __init__(self, pool: PodPool, address: Address) -> None:
+        self._pool = pool
+        self._address = address
+
+    def buildProtocol(self, addr: object) -> PodConnection:
+        return PodConnection(self._pool, self._address)
+
+
+class PodPool:
+    """
+    Idle connections by pod, the one used last first.
+
+    `sweep` has to be called now and then for its time-outs to come true.
+    """
+
+    def __init__(
+        self, endpoint_for: EndpointFor, config: PodConnections, clock: IReactorTime
+    ) -> None:
+        self._endpoint_for = endpoint_for
+        self._idle: dict[Address, list[PodConnection]] = {}
+        self._open: set[PodConnection] = set()
+        self.now: Callable[[], float] = clock.seconds
+        self.configure(config)
+
+    def configure(self, config: PodConnections) -> None:
+        """Apply time-outs; those that run already keep what they began with."""
+        self._config = config
+        self.keepalive_timeouts: Timeouts[PodConnection] = Timeouts(config.keepalive)
+        self.first_byte_timeouts: Timeouts[PodConnection] = Timeouts(config.first_byte_timeout)
+        self.idle_timeouts: Timeouts[PodConnection] = Timeouts(config.idle_timeout)
+
+    def take(self, address: Address) -> PodConnection | None:
+        """Return an idle connection to a pod that is still open, or None."""
+        idle = self._idle.get(address)
+        while idle:
+            connection = idle.pop()
+            self.keepalive_timeouts.stop(connection)
+            if not connection.lost and _is_quiet(connection):
+                return connection
+            connection.abort()
+        return None
+
+    def connect(self, address: Address) -> Deferred[PodConnection]:
+        """
+        Open a connection to a pod.
+
+        Cancelling the Deferred gives up the attempt. It fails with whatever
+        the endpoint fails with.
+        """
+        endpoint = self._endpoint_for(address, self._config.connect_timeout)
+        opened = endpoint.connect(_PodFactory(self, address))
+        return cast("Deferred[PodConnection]", opened).addCallback(self._opened)
+
+    def _opened(self, connection: PodConnection) -> PodConnection:
+        self._open.add(connection)
+        return connection
+
+    def give(self, connection: PodConnection) -> None:
+        """Keep a connection for the next exchange with its pod."""
+        self._idle.setdefault(connection.address, []).append(connection)
+        self.keepalive_timeouts.start(connection, self.now())
+
+    def stop_timeouts(self, connection: PodConnection) -> None:
+        """Forget what a connection was waiting for."""
+        self.first_byte_timeouts.stop(connection)
+        self.idle_timeouts.stop(connection)
+
+    def forget(self, connection: PodConnection) -> None:
+        """Drop what is kept about a connection that is gone."""
+        self._open.discard(connection)
+        self.stop_timeouts(connection)
+        self.keepalive_timeouts.stop(connection)
+        idle = self._idle.get(connection.address)
+        if idle is not None:
+            if connection in idle:
+                idle.remove(connection)
+            if not idle:
+                del self._idle[connection.address]
+
+    def retain(self, addresses: Collection[Address]) -> None:
+        """Close idle connections to all other pods."""
+        for address in [gone for gone in self._idle if gone not in addresses]:
+            for connection in self._idle.pop(address):
+                connection.abort()
+
+    def sweep(self) -> None:
+        """Act on what has timed out."""
+        now = self.now()
+        for connection in self.keepalive_timeouts.expire(now):
+            self._idle.get(connection.address, []).remove(connection)
+            connection.abort()
+        for connection in self.first_byte_timeouts.expire(now):
+            connection.timed_out("no answer within first_byte_timeout")
+        for connection in self.idle_timeouts.expire(now):
+            connection.timed_out("the answer stopped coming for idle_timeout")
+
+    def stop(self) -> None:
+        """Close every connection, busy ones too."""
+        for connection in list(self._open):
+            connection.transport.abortConnection()
+
+    @property
+    def idle(self) -> int:
+        """How many connections are idle."""
+        return sum(map(len, self._idle.values()))
+
+
+def _is_quiet(connection: PodConnection) -> bool:
+    """
+    Whether an idle connection is still open and has nothing to read.
+
+    The pod may have closed it in this very turn of the reactor, before the
+    reactor could see it; asking the kernel closes most of that gap.
+    """
+    transport = connection.transport
+    if not isinstance(transport, Connection):
+        return True
+    try:
+        transport.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

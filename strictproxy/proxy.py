@@ -1,0 +1,499 @@
+"""
+The story of one exchange: route, lease, forward, release.
+
+`ProxyResource` is what the site renders; each request becomes an `Exchange`,
+which reads top to bottom in the order in which things happen. It uses plain
+calls, and a Deferred only where something has to be waited for.
+
+An exchange ends in `_finish`, once, whatever happens; that is where its lease
+is released and its line logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
+
+from strictproxy.config.model import Match, OnDisconnect, RouteConfig
+from strictproxy.errors import (
+    ClientGone,
+    NoRoute,
+    PodError,
+    PodsExhausted,
+    ProxyError,
+    RouterFailed,
+)
+from strictproxy.http.channel import ClientRequest
+from strictproxy.http.framing import encode_chunk, encode_last_chunk
+from strictproxy.http.heads import Field, RequestHead, ResponseHead, encode_fields
+from strictproxy.http.pod_connection import PodConnection
+from strictproxy.http.problems import reason_phrase
+from strictproxy.interfaces import IRouter, RequestInfo
+from strictproxy.logs import AccessRecord
+from strictproxy.routing import RouteTable, rewrite
+from strictproxy.scheduling import Address, Lease
+from strictproxy.upstream import Upstream
+
+_log = Logger()
+
+_FORWARDED = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"via"))
+_VIA = b"1.1 strictproxy"
+
+
+class ProxyResource(Resource):
+    """
+    The root of the traffic listeners' site; it handles every path.
+
+    :param routers: custom routers by name, in the order in which they are asked.
+    :param log_access: takes one record per exchange, or None to log nothing.
+    """
+
+    isLeaf = True
+
+    def __init__(
+        self,
+        upstreams: Mapping[str, Upstream],
+        routes: Sequence[RouteConfig],
+        routers: Sequence[tuple[str, IRouter]],
+        clock: IReactorTime,
+        log_access: Callable[[AccessRecord], None] | None,
+    ) -> None:
+        super().__init__()
+        self.upstreams = upstreams
+        self.routers = routers
+        self.log_access = log_access
+        self.now: Callable[[], float] = clock.seconds
+        #: exchanges that have not finished
+        self.running: set[Exchange] = set()
+        self._table = RouteTable(routes)
+        # A request that a custom router sends past the routes has none of its own.
+        self._bare_routes = {
+            name: RouteConfig(f"router:{name}", Match(), name) for name in upstreams
+        }
+
+    def render(self, request: ClientRequest) -> int:
+        """Take a request; the answer comes when it comes."""
+        Exchange(self, request).start()
+        return NOT_DONE_YET
+
+    def choose(self, info: RequestInfo) -> tuple[RouteConfig, frozenset[Address] | None]:
+        """
+        Find the route for a request, and the pods that it is confined to, if any.
+
+        :raise NoRoute: there is none.
+        :raise RouterFailed: a custom router raised or named an unknown upstream.
+        """
+        pods: frozenset[Address] | None = None
+        for name, router in self.routers:
+            try:
+                decision = router.route(info)
+            except Exception:
+                _log.failure("router {router} failed", router=name)
+                raise RouterFailed(f"router {name} failed; the log has more") from None
+            if decision is None:
+                continue
+            if decision.pods is not None:
+                pods = decision.pods if pods is None else pods & decision.pods
+            if decision.upstream is not None:
+                if decision.upstream not in self._bare_routes:
+                    raise RouterFailed(f"router {name} chose no upstream of the configuration")
+                return self._bare_routes[decision.upstream], pods
+        route = self._table.find(info)
+        if route is None:
+            raise NoRoute(info.method, info.path)
+        return route, pods
+
+
+def request_info(head: RequestHead, client: str) -> RequestInfo:
+    """Return what routing may see of a request."""
+    host = head.host.decode("latin-1").lower()
+    host = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+    path = head.target.partition(b"?")[0].decode("latin-1")
+    fields = ((name.decode("latin-1"), value.decode("latin-1")) for name, _, value in head.fields)
+    return RequestInfo(head.method.decode("latin-1"), path, host, fields, client)
+
+
+class Exchange:
+    """One request and its response passing through."""
+
+    __slots__ = (
+        "_connecting",
+        "_connection",
+        "_finished",
+        "_lease",
+        "_proxy",
+        "_replay",
+        "_replayable",
+        "_request",
+        "_route",
+        "_started",
+        "_upstream",
+        "_waiting",
+        "client",
+        "client_left",
+        "error",
+        "granted",
+        "in_flight",
+        "pod",
+        "tries",
+    )
+
+    def __init__(self, proxy: ProxyResource, request: ClientRequest) -> None:
+        self._proxy = proxy
+        self._request = request
+        assert request.channel is not None
+        self.client = request.channel.client
+        self._started = proxy.now()
+        self._route: RouteConfig | None = None
+        self._upstream: Upstream | None = None
+        self._waiting: Deferred[Lease] | None = None
+        self._connecting: Deferred[PodConnection] | None = None
+        self._connection: PodConnection | None = None
+        self._lease: Lease | None = None
+        #: the body as sent to the pod so far, while it could be sent again
+        self._replay: list[bytes] | None = []
+        self._replayable = 0
+        self._finished = False
+        self.client_left = False
+        self.error: ProxyError | None = None
+        self.granted: float | None = None
+        self.in_flight = 0
+        self.pod: Address | None = None
+        #: pods, or connections, that the request was given to
+        self.tries = 0
+
+    # -- route
+
+    def start(self) -> None:
+        """Find the route, and ask for a lease."""
+        request = self._request
+        request.handler = self
+        self._proxy.running.add(self)
+        try:
+            info = request_info(request.head, self.client)
+            self._route, pods = self._proxy.choose(info)
+            if self._route.max_body is not None:
+                request.limit_body(self._route.max_body)
+            self._upstream = self._proxy.upstreams[self._route.upstream]
+            lease = self._upstream.acquire(self._route.name, pods, self)
+            if isinstance(lease, Lease):
+                self._leased(lease)
+            else:
+                self._wait(lease)
+        except ProxyError as error:
+            self._fail(error)
+        except Exception:
+            self._broken(Failure())
+
+    # -- lease
+
+    def _wait(self, lease: Deferred[Lease]) -> None:
+        self._waiting = lease
+        lease.addCallbacks(self._leased, self._not_leased)
+        lease.addErrback(self._broken)
+
+    def _not_leased(self, failure: Failure) -> None:
+        self._waiting = None
+        if failure.check(CancelledError):
+            return
+        error = failure.value
+        self._fail(error if isinstance(error, ProxyError) else _unexpected(failure))
+
+    def _leased(self, lease: Lease) -> None:
+        """Use the slot: take an idle connection to its pod, or open one."""
+        self._waiting = None
+        self._lease = lease
+        self.granted = lease.granted
+        self.in_flight = lease.in_flight
+        self.pod = lease.address
+        upstream = self._upstream
+        assert upstream is not None
+        connection = upstream.pool.take(lease.address)
+        if connection is not None:
+            self._forward(connection)
+        else:
+            self._connect(upstream, lease)
+
+    def _connect(self, upstream: Upstream, lease: Lease) -> None:
+        connecting = self._connecting = upstream.pool.connect(lease.address)
+        connecting.addCallbacks(self._connected, self._not_connected)
+        connecting.addErrback(self._broken)
+
+    def _connected(self, connection: PodConnection) -> None:
+        self._connecting = None
+        if self._finished:
+            connection.abort()
+        else:
+            self._forward(connection)
+
+    def _not_connected(self, failure: Failure) -> None:
+        """Move to another pod: this one has not seen the request."""
+        self._connecting = None
+        lease, upstream = self._lease, self._upstream
+        if self._finished or lease is None or upstream is None:
+            return
+        self.tries += 1
+        _log.info(
+            "{upstream}: {pod} refused a connection: {reason}",
+            upstream=upstream.name,
+            pod=lease.address,
+            reason=failure.getErrorMessage(),
+        )
+        self._lease = None
+        try:
+            self._wait(upstream.move(lease))
+        except PodsExhausted as error:
+            self._fail(error)
+
+    # -- forward: the request
+
+    def _forward(self, connection: PodConnection) -> None:
+        """Send the head, and what has been read of the body, to the pod."""
+        request = self._request
+        self.tries += 1
+        self._connection = connection
+        # On a second try, on a fresh connection, what was sent is sent again.
+        body = b"".join(self._replay or ()) + request.open_body()
+        head = request.head
+        out = self._request_head()
+        ended = request.body_ended
+        if body:
+            out.append(encode_chunk(body) if head.chunked else body)
+            if self._replay is not None:
+                self._replay, self._replayable = [body], len(body)
+        if ended and head.chunked:
+            out.append(encode_last_chunk(request.trailers))
+        connection.begin(self, head.method, b"".join(out), ended)
+
+    def _request_head(self) -> list[bytes]:
+        head, route = self._request.head, self._route
+        assert route is not None
+        target = head.target
+        if route.replace_prefix is not None:
+            target = rewrite(route, target.decode("latin-1")).encode("latin-1")
+        out = [b"%b %b HTTP/1.1\r\n" % (head.method, target)]
+        out += encode_fields(head.fields, head.dropped | _FORWARDED)
+        forwarded_for = [value for name, _, value in head.fields if name == b"x-forwarded-for"]
+        via = [value for name, _, value in head.fields if name == b"via"]
+        out.append(
+            b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\nVia: %b\r\n"
+            % (
+                b", ".join([*forwarded_for, self.client.encode()]),
+                head.get(b"x-forwarded-proto") or self._scheme(),
+                head.get(b"x-forwarded-host") or head.host,
+                b", ".join([*via, _VIA]),
+            )
+        )
+        if not head.host and head.get(b"host") is None:
+            out.append(b"Host: %b\r\n" % str(self.pod).encode())
+        if head.chunked:
+            out.append(b"Transfer-Encoding: chunked\r\n")
+        if head.wants_trailers:
+            out.append(b"TE: trailers\r\nConnection: TE\r\n")
+        out.append(b"\r\n")
+        return out
+
+    def _scheme(self) -> bytes:
+        channel = self._request.channel
+        return b"https" if channel is not None and channel.secure else b"http"
+
+    def client_data(self, data: bytes) -> None:
+        """Pass body bytes on to the pod."""
+        connection = self._connection
+        if self._replay is not None:
+            self._replay.append(data)
+            self._replayable += len(data)
+        if connection is None:
+            return  # between two tries; the next one begins with what is kept
+        if self._replayable > self._read_ahead():
+            self._replay = None
+        connection.send(encode_chunk(data) if self._request.head.chunked else data)
+
+    def _read_ahead(self) -> int:
+        channel = self._request.channel
+        return 0 if channel is None else channel.site.read_ahead
+
+    def client_end(self, trailers: list[Field]) -> None:
+        """Pass the end of the body on to the pod."""
+        if self._connection is not None:
+            chunked = self._request.head.chunked
+            self._connection.end_request(encode_last_chunk(trailers) if chunked else b"")
+
+    def client_failed(self, error: ProxyError) -> None:
+        """Give up: the body is broken, too large or not coming."""
+        self._fail(error)
+
+    def client_full(self) -> None:
+        """Let the pod wait for the client."""
+        if self._connection is not None:
+            self._connection.pause()
+
+    def client_drained(self) -> None:
+        """Let the pod go on."""
+        if self._connection is not None:
+            self._connection.resume()
+
+    def client_gone(self) -> None:
+        """Leave the line, or the pod, or let the pod finish: as the route says."""
+        self.client_left = True
+        self.error = self.error or ClientGone("the client closed its connection")
+        finish = self._route is not None and (
+            self._route.on_client_disconnect is OnDisconnect.FINISH
+        )
+        if finish and self._connection is not None and self._request.body_ended:
+            self._connection.resume()
+            return
+        self._finish()
+
+    # -- forward: the response
+
+    def pod_interim(self, head: ResponseHead) -> None:
+        """Pass a 1xx response on."""
+        lines = encode_fields(head.fields, head.dropped)
+        self._request.send_interim(head.status, _reason(head), lines)
+
+    def pod_head(self, head: ResponseHead, data: bytes, ended: bool) -> None:
+        """Pass the head on, with the first of the body."""
+        self._replay = None
+        if ended:
+            self._connection = None
+            self._release_lease()
+        request = self._request
+        early = not request.body_ended and (ended or head.status >= 400)
+        if early and request.channel is not None:
+            # A 413, say: the rest of the body will not be read by anybody, so
+            # this is the last request on the client's connection.
+            request.channel.keep_alive = False
+        lines = encode_fields(head.fields, head.dropped)
+        lines.append(b"Via: %b\r\n" % _VIA)
+        request.send_head(
+            head.status,
+            _reason(head),
+            lines,
+            has_body=head.has_body(request.head.method),
+            framed=head.content_length is not None,
+            data=data,
+            ended=ended,
+        )
+        if ended:
+            self._finish()
+
+    def pod_data(self, data: bytes) -> None:
+        """Pass body bytes on to the client."""
+        self._request.send(data)
+
+    def pod_end(self, data: bytes, trailers: list[Field]) -> None:
+        """Pass the last of the body on; whoever waits for the slot has it before that."""
+        self._connection = None
+        self._release_lease()
+        self._request.end(data, trailers)
+        self._finish()
+
+    def pod_upgraded(self, head: ResponseHead, data: bytes) -> None:
+        """Refuse: no upgrade was asked for, as `Upgrade` is not forwarded."""
+        connection = self._connection
+        if connection is not None:
+            connection.timed_out("an upgrade that nobody asked for")
+
+    def pod_failed(self, error: PodError) -> None:
+        """Try again if the pod certainly did not see the request, else answer with the error."""
+        self._connection = None
+        lease, upstream = self._lease, self._upstream
+        if error.retry_elsewhere and self._replay is not None and lease and upstream:
+            self._request.pause()
+            self._connect(upstream, lease)
+            return
+        self._fail(error)
+
+    def pod_full(self) -> None:
+        """Let the client wait for the pod."""
+        self._request.pause()
+
+    def pod_drained(self) -> None:
+        """Let the client go on."""
+        self._request.resume()
+
+    # -- release
+
+    def _fail(self, error: ProxyError) -> None:
+        """Answer with an error, unless an answer has begun."""
+        if self._finished:
+            return
+        self.error = self.error or error
+        retry_after = None
+        if error.status == 503 and self._upstream is not None:
+            retry_after = self._upstream.scheduler.retry_after()
+        # The slot first: the connection to the pod may still be in use.
+        self._release()
+        self._request.fail(error, retry_after)
+        self._finish()
+
+    def _broken(self, failure: Failure) -> None:
+        self._fail(_unexpected(failure))
+
+    def abandon(self, error: ProxyError) -> None:
+        """End the exchange from outside, as when the proxy stops."""
+        self._fail(error)
+
+    def _release(self) -> None:
+        """Hand back whatever is held or waited for."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.cancel()
+        connecting, self._connecting = self._connecting, None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort()
+        self._release_lease()
+        if connecting is not None:
+            connecting.cancel()
+
+    def _release_lease(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None and self._upstream is not None:
+            self._upstream.release(lease)
+
+    def _finish(self) -> None:
+        if self._finished:
+            return
+        self._finished = True
+        self._release()
+        self._proxy.running.discard(self)
+        if self._proxy.log_access is not None:
+            self._proxy.log_access(self._record())
+
+    def _record(self) -> AccessRecord:
+        now = self._proxy.now()
+        granted = self.granted
+        head = self._request.head
+        return AccessRecord(
+            client=self.client,
+            method=head.method,
+            target=head.target,
+            host=head.host,
+            route=self._route.name if self._route is not None else None,
+            upstream=self._upstream.name if self._upstream is not None else None,
+            pod=self.pod,
+            status=499 if self.client_left else self._request.status,
+            reason=self.error.reason if self.error is not None else None,
+            sent=self._request.bytes_sent,
+            waited=(now if granted is None else granted) - self._started,
+            pod_time=None if granted is None else now - granted,
+            in_flight=self.in_flight,
+            tries=self.tries,
+        )
+
+
+def _reason(head: ResponseHead) -> bytes:
+    return head.reason or reason_phrase(head.status)
+
+
+def _unexpected(failure: Failure) -> ProxyError:
+    _log.failure("an exchange failed", failure=failure)
+    return ProxyError("the proxy failed; its log has more")

@@ -1,0 +1,444 @@
+"""
+The least-connection scheduler of one upstream.
+
+Invariants, true whenever code outside this module runs:
+
+- strict: `pod.leases <= pod.limit` for every lease granted since the limit was
+  last changed, and likewise per route;
+- work-conserving: while nothing is being dispatched, no ticket waits for which
+  a pod that it may use has room;
+- in order: of the tickets that could go, the one that arrived first goes first;
+- a lease is released exactly once, and a pod is forgotten only when it is
+  neither known to discovery nor holds a lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
+
+from twisted.internet.defer import Deferred
+
+from strictproxy.errors import (
+    LeaseReleasedTwice,
+    LineFull,
+    NoPods,
+    PodsExhausted,
+    WaitedTooLong,
+)
+from strictproxy.scheduling.line import Line, LineKey, Ticket
+from strictproxy.scheduling.pods import Address, LeastHeap, Pod
+
+#: Weight of the newest observation in the mean time a lease is held.
+_SMOOTHING = 0.1
+
+
+class Lease:
+    """
+    One held slot.
+
+    Whoever got it from `Scheduler.acquire` or `move` owns it and must hand it
+    to `release`, or to `move`, exactly once.
+    """
+
+    __slots__ = ("active", "granted", "in_flight", "pod", "ticket")
+
+    def __init__(self, pod: Pod, ticket: Ticket, granted: float) -> None:
+        self.pod = pod
+        self.ticket = ticket
+        #: when the slot was taken, seconds
+        self.granted = granted
+        #: leases on the pod, this one included, when it was granted
+        self.in_flight = pod.leases
+        self.active = True
+
+    @property
+    def address(self) -> Address:
+        """The pod to send the request to."""
+        return self.pod.address
+
+    @property
+    def waited(self) -> float:
+        """Seconds between arrival and the grant."""
+        return self.granted - self.ticket.arrived
+
+    def __repr__(self) -> str:
+        return f"<Lease on {self.pod.address} {'held' if self.active else 'released'}>"
+
+
+@dataclass(frozen=True, slots=True)
+class PodState:
+    """A pod at one moment, for people and metrics."""
+
+    address: Address
+    leases: int
+    limit: int
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerState:
+    """The scheduler at one moment, for people and metrics."""
+
+    pods: tuple[PodState, ...]
+    waiting: int
+    running: int
+    slots: int
+
+
+class Scheduler:
+    """
+    Grants leases on the pods of one upstream; see the module's invariants.
+
+    :param limit: leases per pod at most; at least 1.
+    :param queue_size: tickets waiting at most; 0 means that nobody may wait.
+    :param queue_timeout: seconds a ticket waits at most, or None for ever.
+    :param no_pods_timeout: seconds a ticket waits at most while no pod is known.
+    :param now: the current time.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        queue_size: int,
+        queue_timeout: float | None,
+        no_pods_timeout: float,
+        now: float,
+        pod_limits: Mapping[Address, int] | None = None,
+    ) -> None:
+        self.queue_size = queue_size
+        self.queue_timeout = queue_timeout
+        self.no_pods_timeout = no_pods_timeout
+        self.waiting = 0
+        self.running = 0
+        #: mean seconds that a lease is held, or None before the first release
+        self.mean_service: float | None = None
+        self._limit = limit
+        self._pod_limits = dict(pod_limits or {})
+        self._pods: dict[Address, Pod] = {}
+        self._known = 0
+        self._no_pods_since = now
+        self._ordinal = 0
+        self._route_limits: dict[str, int] = {}
+        self._least = LeastHeap(lambda pod: pod.known and pod.leases < pod.limit)
+        self._route_least: dict[str, LeastHeap] = {}
+        self._lines: dict[LineKey, Line] = {}
+        #: lines whose tickets may go to a few pods only, by pod
+        self._pinned: dict[Address, dict[LineKey, Line]] = {}
+        #: the other lines
+        self._open: dict[LineKey, Line] = {}
+        self._dispatching = False
+        self._restart = False
+
+    # -- taking and giving back
+
+    def acquire(
+        self,
+        route: str,
+        now: float,
+        allowed: frozenset[Address] | None = None,
+        owner: object = None,
+    ) -> Lease | Deferred[Lease]:
+        """
+        Take a slot on the pod with the fewest leases, or wait for one.
+
+        :return: the lease if a pod has room, else a Deferred of it. Cancelling
+            the Deferred withdraws the request from the line. It fails with
+            `WaitedTooLong` or `NoPods`, from `expire`.
+        :raise LineFull: nobody else may wait.
+        """
+        self._ordinal += 1
+        ticket = Ticket(route, self._ordinal, now, allowed, owner=owner)
+        # While leases are being handed out, those who wait come first.
+        if not self._dispatching:
+            pod = self._least_for(route, allowed, ticket.excluded)
+            if pod is not None:
+                return self._take(pod, ticket, now)
+        if self.waiting >= self.queue_size:
+            raise LineFull(self.queue_size)
+        self._restart = self._dispatching
+        return self._wait(ticket)
+
+    def move(self, lease: Lease, now: float) -> Deferred[Lease]:
+        """
+        Give up `lease`, whose pod refused the request, for one on another pod.
+
+        The request keeps its place by arrival, so it is first to get the next
+        free slot; it is never sent to a pod that refused it before.
+
+        :raise PodsExhausted: every pod it may use has refused it. The lease is
+            released all the same.
+        """
+        ticket = lease.ticket
+        excluded = ticket.excluded | {lease.address}
+        moved = Ticket(
+            ticket.route, ticket.ordinal, ticket.arrived, ticket.allowed, excluded, ticket.owner
+        )
+        try:
+            if not any(pod.known and moved.may_use(pod.address) for pod in self._pods.values()):
+                raise PodsExhausted(len(excluded))
+            waiting = self._wait(moved)
+        finally:
+            # It stands in the line before its slot is free, so whoever waits
+            # for that slot and whoever is first for another are both served.
+            self._give(lease)
+            self._dispatch(list(self._lines.values()), now)
+        return waiting
+
+    def release(self, lease: Lease, now: float) -> None:
+        """
+        End `lease`; if somebody waits for its slot, they have it when this returns.
+
+        :raise LeaseReleasedTwice: it has ended before.
+        """
+        self._give(lease)
+        held = now - lease.granted
+        mean = self.mean_service
+        self.mean_service = held if mean is None else mean + _SMOOTHING * (held - mean)
+        if self.waiting:
+            self._dispatch(self._lines_for(lease.pod.address), now)
+
+    # -- what may change while requests run
+
+    def set_pods(self, addresses: Iterable[Address], now: float) -> None:
+        """Replace the set of pods. Those that left keep their count until it is zero."""
+        wanted = dict.fromkeys(addresses)
+        for address in wanted:
+            pod = self._pods.get(address)
+            if pod is None:
+                self._pods[address] = Pod(address, self._limit_of(address), self._tick())
+            else:
+                pod.known = True
+        for pod in list(self._pods.values()):
+            if pod.address not in wanted:
+                pod.known = False
+                self._forget_if_done(pod)
+        if self._known and not wanted:
+            self._no_pods_since = now
+        self._known = len(wanted)
+        self._rebuild()
+        self._dispatch(list(self._lines.values()), now)
+
+    def set_limit(
+        self, limit: int, now: float, pod_limits: Mapping[Address, int] | None = None
+    ) -> None:
+        """Change the limit; a lowered one is reached as leases end."""
+        self._limit = limit
+        self._pod_limits = dict(pod_limits or {})
+        for pod in self._pods.values():
+            pod.limit = self._limit_of(pod.address)
+        self._rebuild()
+        self._dispatch(list(self._lines.values()), now)
+
+    def set_route_limit(self, route: str, limit: int | None, now: float) -> None:
+        """Limit `route` to so many leases per pod, besides the pod's own limit; None lifts it."""
+        if limit is None:
+            self._route_limits.pop(route, None)
+            self._route_least.pop(route, None)
+        else:
+            self._route_limits[route] = limit
+            heap = self._route_least[route] = LeastHeap(self._room_on_route(route))
+            heap.rebuild(self._pods.values())
+        self._dispatch(list(self._lines.values()), now)
+
+    # -- time
+
+    def expire(self, now: float) -> None:
+        """Turn away every ticket whose deadline is at or before `now`."""
+        for line in list(self._lines.values()):
+            while line:
+                deadline = self._deadline(line.head)
+                if deadline is None or deadline > now:
+                    break
+                ticket = line.head
+                error = WaitedTooLong(now - ticket.arrived) if self._known else NoPods()
+                self.waiting -= 1
+                line.turn_away(error)
+            self._drop_if_empty(line)
+
+    def next_deadline(self) -> float | None:
+        """When `expire` has to be called next, or None if nothing waits with a bound."""
+        deadlines = (self._deadline(line.head) for line in self._lines.values())
+        return min((when for when in deadlines if when is not None), default=None)
+
+    def retry_after(self) -> float:
+        """Seconds after which a slot will likely be free for one who comes now."""
+        slots = sum(pod.limit for pod in self._pods.values() if pod.known)
+        if not slots or self.mean_service is None:
+            return 1.0
+        return max(1.0, self.mean_service * (self.waiting + 1) / slots)
+
+    # -- looking in
+
+    @property
+    def known(self) -> int:
+        """Pods in the set that discovery published last."""
+        return self._known
+
+    def state(self) -> SchedulerState:
+        """Return a snapshot; it shares nothing with the scheduler."""
+        pods = tuple(
+            PodState(pod.address, pod.leases, pod.limit, pod.known) for pod in self._pods.values()
+        )
+        slots = sum(pod.limit for pod in pods if pod.known)
+        return SchedulerState(pods, self.waiting, self.running, slots)
+
+    def tickets(self) -> list[Ticket]:
+        """Everybody who waits, in order of arrival. O(n log n): for people, not per request."""
+        everybody = (ticket for line in self._lines.values() for ticket in line.tickets())
+        return sorted(everybody, key=lambda ticket: ticket.ordinal)
+
+    # -- inside: counting
+
+    def _tick(self) -> int:
+        self._ordinal += 1
+        return self._ordinal
+
+    def _limit_of(self, address: Address) -> int:
+        return self._pod_limits.get(address, self._limit)
+
+    def _take(self, pod: Pod, ticket: Ticket, now: float) -> Lease:
+        pod.leases += 1
+        pod.since = self._tick()
+        route = ticket.route
+        pod.route_leases[route] = pod.route_leases.get(route, 0) + 1
+        self.running += 1
+        return Lease(pod, ticket, now)
+
+    def _give(self, lease: Lease) -> None:
+        if not lease.active:
+            raise LeaseReleasedTwice(str(lease.address))
+        lease.active = False
+        pod = lease.pod
+        pod.leases -= 1
+        pod.since = self._tick()
+        pod.route_leases[lease.ticket.route] -= 1
+        self.running -= 1
+        self._forget_if_done(pod)
+        self._least.offer(pod)
+        for heap in self._route_least.values():
+            heap.offer(pod)
+
+    def _forget_if_done(self, pod: Pod) -> None:
+        if not pod.known and not pod.leases:
+            self._pods.pop(pod.address, None)
+
+    def _room_on_route(self, route: str) -> Callable[[Pod], bool]:
+        def has_room(pod: Pod) -> bool:
+            return pod.has_room and pod.route_leases.get(route, 0) < self._route_limits[route]
+
+        return has_room
+
+    def _rebuild(self) -> None:
+        pods = self._pods.values()
+        self._least.rebuild(pods)
+        for heap in self._route_least.values():
+            heap.rebuild(pods)
+
+    # -- inside: choosing
+
+    def _least_for(
+        self, route: str, allowed: frozenset[Address] | None, excluded: frozenset[Address]
+    ) -> Pod | None:
+        if allowed is not None:
+            limit = self._route_limits.get(route)
+            candidates = (self._pods.get(address) for address in allowed - excluded)
+            fit = (
+                pod
+                for pod in candidates
+                if pod is not None
+                and pod.has_room
+                and (limit is None or pod.route_leases.get(route, 0) < limit)
+            )
+            return min(fit, key=lambda pod: pod.preference, default=None)
+        return self._route_least.get(route, self._least).least(excluded)
+
+    # -- inside: waiting
+
+    def _wait(self, ticket: Ticket) -> Deferred[Lease]:
+        key = (ticket.route, ticket.allowed, ticket.excluded)
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = Line(key, self._withdrawn)
+            for index in self._indexes(key):
+                index[key] = line
+        self.waiting += 1
+        return line.join(ticket)
+
+    def _withdrawn(self, line: Line) -> None:
+        self.waiting -= 1
+        self._drop_if_empty(line)
+
+    def _drop_if_empty(self, line: Line) -> None:
+        # Another line may have been opened under the same key since.
+        if not line and self._lines.get(line.key) is line:
+            del self._lines[line.key]
+            for index in self._indexes(line.key):
+                del index[line.key]
+            for address in line.key[1] or ():
+                if not self._pinned[address]:
+                    del self._pinned[address]
+
+    def _indexes(self, key: LineKey) -> Iterator[dict[LineKey, Line]]:
+        allowed = key[1]
+        if allowed is None:
+            yield self._open
+        else:
+            for address in allowed:
+                yield self._pinned.setdefault(address, {})
+
+    def _lines_for(self, address: Address) -> list[Line]:
+        """Return the lines that a slot freed at `address` could serve."""
+        return [*self._open.values(), *self._pinned.get(address, {}).values()]
+
+    def _deadline(self, ticket: Ticket) -> float | None:
+        when = None if self.queue_timeout is None else ticket.arrived + self.queue_timeout
+        if not self._known:
+            no_pods = max(ticket.arrived, self._no_pods_since) + self.no_pods_timeout
+            when = no_pods if when is None else min(when, no_pods)
+        return when
+
+    def _dispatch(self, lines: list[Line], now: float) -> None:
+        """
+        Hand free slots to those who wait in `lines`, the earliest arrival first.
+
+        Handing out a lease runs its owner's code, which may release, withdraw
+        or acquire; such calls are not nested but make the loop start over with
+        every line, so that the order holds and the stack stays flat.
+        """
+        if self._dispatching:
+            self._restart = True
+            return
+        self._dispatching = True
+        try:
+            heads = _by_arrival(lines)
+            while heads:
+                ordinal, line = heads[0]
+                if not line:
+                    heappop(heads)
+                    continue
+                ticket = line.head
+                if ticket.ordinal != ordinal:
+                    heapreplace(heads, (ticket.ordinal, line))
+                    continue
+                pod = self._least_for(*line.key)
+                if pod is None:
+                    heappop(heads)
+                    continue
+                self.waiting -= 1
+                line.put(self._take(pod, ticket, now))
+                self._drop_if_empty(line)
+                if self._restart:
+                    self._restart = False
+                    heads = _by_arrival(list(self._lines.values()))
+        finally:
+            self._dispatching = False
+            self._restart = False
+
+
+def _by_arrival(lines: list[Line]) -> list[tuple[int, Line]]:
+    heads = [(line.head.ordinal, line) for line in lines if line]
+    heapify(heads)
+    return heads

@@ -1,0 +1,254 @@
+"""
+The composition root: puts the parts together, starts and stops them in order.
+
+The only place that obtains the reactor. Start: routers, upstreams, then the
+listeners, so that nothing is accepted that could not be routed. Stop: the
+listeners first, then running and waiting requests within `drain_timeout`,
+then whatever is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from ipaddress import ip_address
+from typing import Any, ClassVar
+
+from twisted.application.service import IServiceCollection, Service
+from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
+from twisted.internet.endpoints import (
+    HostnameEndpoint,
+    TCP4ClientEndpoint,
+    TCP6ClientEndpoint,
+    serverFromString,
+)
+from twisted.internet.interfaces import IListeningPort, IStreamClientEndpoint
+from twisted.internet.task import LoopingCall
+from twisted.logger import ILogObserver, Logger
+from twisted.names.client import Resolver
+from twisted.plugin import getPlugins
+from twisted.python.components import Componentized
+from twisted.python.failure import Failure
+from twisted.python.usage import Options as TwistedOptions
+from twisted.python.usage import UsageError
+from twisted.web.server import Site
+
+import strictproxy.plugins
+from strictproxy.admin.resources import make_admin
+from strictproxy.config import Config, DnsSource, StaticSource, load
+from strictproxy.discovery.dns import DnsDiscovery, NamesSource
+from strictproxy.discovery.static import StaticDiscovery
+from strictproxy.errors import ConfigError, ShuttingDown
+from strictproxy.http.site import StrictSite
+from strictproxy.interfaces import IDiscovery, IRouter, IRouterPlugin
+from strictproxy.logs import log_access, make_observer
+from strictproxy.proxy import ProxyResource
+from strictproxy.scheduling import Address
+from strictproxy.upstream import Upstream
+
+_log = Logger()
+
+_POOL_SWEEP = 0.5
+
+
+class Options(TwistedOptions):
+    """Command line of `twistd strictproxy`."""
+
+    synopsis = "[--config FILE]"
+    longdesc = "A strict least-connection reverse proxy for heavy services on Kubernetes."
+    optParameters: ClassVar = [
+        ["config", "c", "/etc/strictproxy/strictproxy.yaml", "Configuration file"],
+    ]
+
+    def postOptions(self) -> None:
+        """Read the configuration, so that mistakes show before anything starts."""
+        try:
+            self.configuration = load(self["config"])
+        except ConfigError as error:
+            raise UsageError(f"invalid configuration\n{error}") from None
+
+
+def makeService(options: Options) -> ProxyService:
+    """Return the service for `twistd` to run."""
+    from twisted.internet import reactor
+
+    try:
+        return ProxyService(options.configuration, reactor)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+
+
+class ProxyService(Service):
+    """
+    The whole proxy.
+
+    :raise ConfigError: a router cannot be found or refuses its settings.
+    """
+
+    def __init__(self, config: Config, reactor: Any) -> None:
+        self.setName("strictproxy")
+        self.config = config
+        self._reactor = reactor
+        self._resolvers: dict[tuple[tuple[str, int], ...], Resolver] = {}
+        self._ports: list[IListeningPort] = []
+        self._closing = False
+        self.upstreams: dict[str, Upstream] = {
+            name: self._make_upstream(name) for name in config.upstreams
+        }
+        self.proxy = ProxyResource(
+            self.upstreams,
+            config.routes,
+            make_routers(config, self.upstreams),
+            self._reactor,
+            log_access if config.log.access else None,
+        )
+        self.site = StrictSite(self.proxy, config.client, self._reactor)
+        self.admin = Site(make_admin(self.upstreams, lambda: self._closing), reactor=self._reactor)
+        self.admin.noisy = self.site.noisy = False
+        self._sweeper = LoopingCall(self._sweep)
+        self._sweeper.clock = self._reactor
+
+    def setServiceParent(self, parent: IServiceCollection) -> None:
+        """Join an application; its log is written as the configuration says."""
+        super().setServiceParent(parent)
+        if isinstance(parent, Componentized):
+            parent.setComponent(ILogObserver, make_observer(self.config.log))
+
+    # -- start
+
+    def startService(self) -> None:
+        """Start everything; if a listener cannot be opened the reactor is stopped."""
+        super().startService()
+        self.started = Deferred.fromCoroutine(self._start())
+        self.started.addErrback(self._cannot_start)
+
+    async def _start(self) -> None:
+        self.site.start()
+        self._sweeper.start(_POOL_SWEEP, now=False).addErrback(_log_failure)
+        for upstream in self.upstreams.values():
+            upstream.start()
+        for description in self.config.listen:
+            await self._listen(description, self.site, "listening")
+        if self.config.admin is not None:
+            await self._listen(self.config.admin, self.admin, "admin")
+
+    async def _listen(self, description: str, site: Site, what: str) -> None:
+        port = await serverFromString(self._reactor, description).listen(site)
+        self._ports.append(port)
+        _log.info("{what} on {address}", what=what, address=_readable(port.getHost()))
+
+    def _cannot_start(self, failure: Failure) -> None:
+        # A proxy that cannot listen must not run deaf.
+        _log.critical("cannot start: {reason}", reason=failure.getErrorMessage())
+        self._exit_code = 1
+        self._reactor.callWhenRunning(self._reactor.stop)
+
+    def addresses(self) -> list[tuple[str, int]]:
+        """Return where the listeners are, the admin's last; for tests and the demo."""
+        hosts: list[Any] = [port.getHost() for port in self._ports]
+        return [(host.host, host.port) for host in hosts]
+
+    # -- stop
+
+    def stopService(self) -> Deferred[None]:
+        """Drain, then stop everything."""
+        super().stopService()
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        self._closing = True
+        self.site.closing = True
+        ports, self._ports = self._ports, []
+        await DeferredList([maybeDeferred(port.stopListening) for port in ports])
+        self.site.close_idle()
+        await self._drained()
+        for exchange in list(self.proxy.running):
+            exchange.abandon(ShuttingDown("the proxy is shutting down"))
+        for upstream in self.upstreams.values():
+            upstream.stop()
+        self.site.stop()
+        if self._sweeper.running:
+            self._sweeper.stop()
+
+    async def _drained(self) -> None:
+        """Wait until nothing runs or waits, at most `drain_timeout`."""
+        deadline = self._reactor.seconds() + self.config.drain_timeout
+        if self.proxy.running:
+            _log.info("draining {count} requests", count=len(self.proxy.running))
+        while self.proxy.running and self._reactor.seconds() < deadline:
+            pause: Deferred[None] = Deferred()
+            self._reactor.callLater(0.05, pause.callback, None)
+            await pause
+
+    # -- parts
+
+    def _make_upstream(self, name: str) -> Upstream:
+        config = self.config.upstreams[name]
+        routes = [route for route in self.config.routes if route.upstream == name]
+        discovery = self._make_discovery(config.source)
+        return Upstream(config, routes, discovery, self._endpoint_for, self._reactor)
+
+    def _make_discovery(self, source: DnsSource | StaticSource) -> IDiscovery:
+        discovery: IDiscovery
+        if isinstance(source, StaticSource):
+            discovery = StaticDiscovery(source)
+        else:
+            discovery = DnsDiscovery(source, NamesSource(self._resolver(source)), self._reactor)
+        return discovery
+
+    def _resolver(self, source: DnsSource) -> Resolver:
+        """Return the resolver for a set of name servers; upstreams share it."""
+        if source.servers not in self._resolvers:
+            self._resolvers[source.servers] = Resolver(
+                resolv=None if source.servers else "/etc/resolv.conf",
+                servers=list(source.servers) or None,
+                reactor=self._reactor,
+            )
+        return self._resolvers[source.servers]
+
+    def _endpoint_for(self, address: Address, timeout: float) -> IStreamClientEndpoint:
+        host, port = address
+        try:
+            version = ip_address(host).version
+        except ValueError:
+            return HostnameEndpoint(self._reactor, host, port, timeout)
+        kind = TCP4ClientEndpoint if version == 4 else TCP6ClientEndpoint
+        endpoint: IStreamClientEndpoint = kind(self._reactor, host, port, timeout)
+        return endpoint
+
+    def _sweep(self) -> None:
+        for upstream in self.upstreams.values():
+            upstream.pool.sweep()
+
+
+def make_routers(config: Config, upstreams: Mapping[str, Upstream]) -> list[tuple[str, IRouter]]:
+    """
+    Make the custom routers that a configuration names.
+
+    :raise ConfigError: one is not installed, or refuses its settings.
+    """
+    if not config.routers:
+        return []
+    found = {plugin.name: plugin for plugin in getPlugins(IRouterPlugin, strictproxy.plugins)}
+
+    def pods(upstream: str) -> Collection[Address]:
+        return upstreams[upstream].pods()
+
+    routers: list[tuple[str, IRouter]] = []
+    for wanted in config.routers:
+        plugin = found.get(wanted.name)
+        if plugin is None:
+            there = ", ".join(sorted(found)) or "none"
+            raise ConfigError(f"router {wanted.name!r} is not installed; installed: {there}")
+        try:
+            routers.append((wanted.name, plugin.router(wanted.settings, pods)))
+        except ValueError as error:
+            raise ConfigError(f"router {wanted.name!r}: {error}") from error
+    return routers
+
+
+def _readable(host: Any) -> str:
+    return str(Address(host.host, host.port)) if hasattr(host, "port") else str(host)
+
+
+def _log_failure(failure: Failure) -> None:
+    _log.failure("a periodic task failed", failure=failure)
