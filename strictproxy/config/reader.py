@@ -292,7 +292,7 @@ def or_off(kind: Kind[T]) -> Kind[T | None]:
     """Return a kind that also takes `off`, for no bound at all."""
 
     def read(document: Document, node: yaml.Node, path: str) -> T | None:
-        if isinstance(node, yaml.ScalarNode) and node.value.lower() == "off":
+        if isinstance(node, yaml.ScalarNode) and document.scalar(node)[1].lower() == "off":
             return None
         return kind(document, node, path)
 

@@ -105,7 +105,7 @@ def _config(top: Section) -> Config:
     )
     if not top.failed:
         check_routes(top.document, routes, config.upstreams)
-        if not routes and not routers and "routes" not in top:
+        if not routes and not routers and "routes" not in top and "routers" not in top:
             top.note(None, "neither 'routes' nor 'routers': no request could go anywhere")
     return config
 
@@ -326,12 +326,10 @@ def endpoint(document: Document, node: yaml.Node, path: str) -> str:
     try:
         serverFromString(_NoReactor(), written)
     except Exception as error:
-        # Endpoint parsers raise whatever int() and dict access raise; the
-        # first argument is the part that a person can use.
-        raise Wrong(
-            f"{written!r} is not a server endpoint such as tcp:8080: "
-            f"{error or type(error).__name__}"
-        ) from None
+        # Endpoint parsers raise whatever comes their way: a TypeError tells of
+        # their own parameters, which mean nothing to who wrote the file.
+        why = "a part is missing or unknown" if isinstance(error, TypeError) else str(error)
+        raise Wrong(f"{written!r} is not a server endpoint such as tcp:8080: {why}") from None
     return written
 
 

@@ -1,0 +1,616 @@
+"""Configuration: what is read, and what a person sees who made a mistake."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from strictproxy.config import (
+    Config,
+    DnsSource,
+    InvalidConfig,
+    LogFormat,
+    OnDisconnect,
+    StaticSource,
+    load,
+    parse,
+)
+from strictproxy.config.units import parse_duration, parse_size
+from strictproxy.errors import ConfigError
+from strictproxy.scheduling import Address
+
+TOP = """\
+listen: tcp:8080
+upstreams:
+  u: {static: ["10.0.0.1:80"]}
+"""
+ROUTE = "routes:\n  - {path: /a, upstream: u}\n"
+
+
+def upstream(body: str) -> str:
+    return f"listen: tcp:8080\nupstreams:\n  u: {body}\nroutes:\n  - {{path: /a, upstream: u}}\n"
+
+
+def routes(*lines: str) -> str:
+    return TOP + "routes:\n" + "".join(f"  - {line}\n" for line in lines)
+
+
+#: (name, file, exactly what is printed)
+BROKEN: list[tuple[str, str, str]] = [
+    ("empty file", "", "f:1:1: the file is empty"),
+    ("a list", "- a\n", "f:1:1: must be a mapping, not a list"),
+    (
+        "not YAML",
+        "listen: [tcp:80\n",
+        "f:2:1: not valid YAML: expected ',' or ']', but got '<stream end>'",
+    ),
+    (
+        "a tab",
+        "listen:\n\ttcp: 1\n",
+        "f:2:1: not valid YAML: found character '\\t' that cannot start any token",
+    ),
+    (
+        "a control character",
+        "listen: \x07\n",
+        "f:1:1: not valid YAML: unacceptable character #x0007: special characters are not allowed"
+        ' in "<unicode string>", position 8',
+    ),
+    (
+        "two documents",
+        TOP + ROUTE + "---\na: 1\n",
+        "f:6:1: not valid YAML: but found another document",
+    ),
+    ("no listen", TOP.replace("listen: tcp:8080\n", "") + ROUTE, "f:1:1: 'listen' is missing"),
+    ("no upstreams", "listen: tcp:80\n", "f:1:1: 'upstreams' is missing"),
+    (
+        "empty upstreams",
+        "listen: tcp:80\nupstreams: {}\n" + "routes: []\n",
+        "f:2:12: upstreams: must not be empty",
+    ),
+    (
+        "upstreams a list",
+        "listen: tcp:80\nupstreams: []\nroutes: []\n",
+        "f:2:12: upstreams: must be a mapping, not a list",
+    ),
+    ("no routes", TOP, "f:1:1: neither 'routes' nor 'routers': no request could go anywhere"),
+    (
+        "unknown key",
+        TOP + ROUTE + "lisen: tcp:80\n",
+        "f:6:1: lisen: unknown key; did you mean 'listen'?",
+    ),
+    (
+        "unknown key, none near",
+        upstream("{static: a:1, queue: {zzz: 1}}"),
+        "f:3:28: upstreams.u.queue.zzz: unknown key; there is no_pods_timeout, size, timeout",
+    ),
+    (
+        "a key twice",
+        TOP + "listen: tcp:81\n" + ROUTE,
+        "f:4:1: listen: given twice, first on line 1",
+    ),
+    ("a key that is a list", TOP + "? [a]\n: 1\n" + ROUTE, "f:4:3: a key must be text, not a list"),
+    (
+        "bad endpoint",
+        (TOP + ROUTE).replace("tcp:8080", "tpc:8080"),
+        "f:1:9: listen: 'tpc:8080' is not a server endpoint such as tcp:8080: Unknown endpoint type: 'tpc'",
+    ),
+    (
+        "endpoint without port",
+        (TOP + ROUTE).replace("tcp:8080", "tcp"),
+        "f:1:9: listen: 'tcp' is not a server endpoint such as tcp:8080: a part is missing or unknown",
+    ),
+    (
+        "listen a number",
+        (TOP + ROUTE).replace("tcp:8080", "8080"),
+        "f:1:9: listen: must be text, not a whole number",
+    ),
+    (
+        "listen an empty list",
+        (TOP + ROUTE).replace("tcp:8080", "[]"),
+        "f:1:9: listen: must not be empty",
+    ),
+    (
+        "listen a mapping",
+        (TOP + ROUTE).replace("tcp:8080", "{a: b}"),
+        "f:1:9: listen: must be a list, not a mapping",
+    ),
+    (
+        "bad admin",
+        "admin: nowhere\n" + TOP + ROUTE,
+        "f:1:8: admin: 'nowhere' is not a server endpoint such as tcp:8080: Unknown endpoint type: 'nowhere'",
+    ),
+    (
+        "no source",
+        upstream("{limit: 1}"),
+        "f:3:6: upstreams.u: no source of pods: 'dns' or 'static' is missing",
+    ),
+    (
+        "two sources",
+        upstream("{static: a:1, dns: {name: a, port: 1}}"),
+        "f:3:7: upstreams.u.static: 'dns' and 'static' exclude each other",
+    ),
+    (
+        "upstream not a mapping",
+        upstream("7"),
+        "f:3:6: upstreams.u: must be a mapping, not a whole number",
+    ),
+    (
+        "negative limit",
+        upstream("{static: a:1, limit: -2}"),
+        "f:3:27: upstreams.u.limit: must be at least 1, not -2",
+    ),
+    (
+        "zero limit",
+        upstream("{static: a:1, limit: 0}"),
+        "f:3:27: upstreams.u.limit: must be at least 1, not 0",
+    ),
+    (
+        "limit a word",
+        upstream("{static: a:1, limit: two}"),
+        "f:3:27: upstreams.u.limit: must be a whole number, not text",
+    ),
+    (
+        "limit a fraction",
+        upstream("{static: a:1, limit: 1.5}"),
+        "f:3:27: upstreams.u.limit: must be a whole number, not a number",
+    ),
+    (
+        "limit yes",
+        upstream("{static: a:1, limit: yes}"),
+        "f:3:27: upstreams.u.limit: must be a whole number, not true or false",
+    ),
+    (
+        "limit nothing",
+        upstream("{static: a:1, limit: }"),
+        "f:3:26: upstreams.u.limit: must be a whole number, not nothing",
+    ),
+    (
+        "limit a list",
+        upstream("{static: a:1, limit: [1]}"),
+        "f:3:27: upstreams.u.limit: must be a single value, not a list",
+    ),
+    (
+        "limit in base 60",
+        upstream("{static: a:1, limit: 1:30}"),
+        "f:3:27: upstreams.u.limit: must be a plain decimal number, not 1:30",
+    ),
+    (
+        "dns without name",
+        upstream("{dns: {port: 1}}"),
+        "f:3:12: upstreams.u.dns: 'name' is missing",
+    ),
+    (
+        "dns without port",
+        upstream("{dns: {name: a}}"),
+        "f:3:12: upstreams.u.dns: 'port' is missing",
+    ),
+    (
+        "dns name with a slash",
+        upstream("{dns: {name: a/b, port: 1}}"),
+        "f:3:19: upstreams.u.dns.name: 'a/b' is not a DNS name",
+    ),
+    (
+        "dns port too large",
+        upstream("{dns: {name: a, port: 65536}}"),
+        "f:3:28: upstreams.u.dns.port: must be at most 65535, not 65536",
+    ),
+    (
+        "name server by name",
+        upstream("{dns: {name: a, port: 1, servers: [ns.example]}}"),
+        "f:3:41: upstreams.u.dns.servers[0]: a name server is given by its IP address, not 'ns.example'",
+    ),
+    (
+        "name server with a bad port",
+        upstream('{dns: {name: a, port: 1, servers: "1.1.1.1:0"}}'),
+        "f:3:40: upstreams.u.dns.servers: port must be from 1 to 65535, not 0",
+    ),
+    (
+        "pod without port",
+        upstream("{static: [a]}"),
+        "f:3:16: upstreams.u.static[0]: 'a' is not host:port",
+    ),
+    (
+        "pod twice",
+        upstream("{static: [a:1, a:1]}"),
+        "f:3:15: upstreams.u.static: a:1 is given more than once",
+    ),
+    (
+        "pod with bad IPv6",
+        upstream('{static: "[::g]:1"}'),
+        "f:3:15: upstreams.u.static: '::g' is not an IPv6 address",
+    ),
+    ("empty static", upstream("{static: []}"), "f:3:15: upstreams.u.static: must not be empty"),
+    (
+        "duration without unit",
+        upstream("{static: a:1, queue: {timeout: 30}}"),
+        "f:3:37: upstreams.u.queue.timeout: '30' needs a unit (ms, s, m, h, d), as in 30s",
+    ),
+    (
+        "duration of an unknown unit",
+        upstream("{static: a:1, queue: {timeout: 3w}}"),
+        "f:3:37: upstreams.u.queue.timeout: unknown unit 'w' in '3w'; units are ms, s, m, h, d",
+    ),
+    (
+        "duration of nothing",
+        upstream("{static: a:1, queue: {timeout: 0s}}"),
+        "f:3:37: upstreams.u.queue.timeout: must be more than 0",
+    ),
+    (
+        "negative duration",
+        upstream("{static: a:1, queue: {timeout: -3s}}"),
+        "f:3:37: upstreams.u.queue.timeout: '-3s' is not a duration such as 30s",
+    ),
+    (
+        "duration a word",
+        upstream("{static: a:1, queue: {timeout: soon}}"),
+        "f:3:37: upstreams.u.queue.timeout: 'soon' is not a duration such as 30s",
+    ),
+    (
+        "negative queue",
+        upstream("{static: a:1, queue: {size: -1}}"),
+        "f:3:34: upstreams.u.queue.size: must be at least 0, not -1",
+    ),
+    (
+        "queue a number",
+        upstream("{static: a:1, queue: 5}"),
+        "f:3:27: upstreams.u.queue: must be a mapping, not a whole number",
+    ),
+    (
+        "bad size",
+        "client: {max_body: 5 parsecs}\n" + TOP + ROUTE,
+        "f:1:20: client.max_body: unknown unit 'parsecs' in '5 parsecs'; units are B, KB, MB, GB, KiB, MiB, GiB",
+    ),
+    (
+        "bad level",
+        "log: {level: loud}\n" + TOP + ROUTE,
+        "f:1:14: log.level: must be one of debug, info, warn, error, critical, not 'loud'",
+    ),
+    (
+        "bad format",
+        "log: {format: xml}\n" + TOP + ROUTE,
+        "f:1:15: log.format: must be one of text, json, not 'xml'",
+    ),
+    (
+        "access not a boolean",
+        "log: {access: 1}\n" + TOP + ROUTE,
+        "f:1:15: log.access: must be true or false, not a whole number",
+    ),
+    ("empty text", "log: {file: ' '}\n" + TOP + ROUTE, "f:1:13: log.file: must not be empty"),
+    (
+        "unknown upstream",
+        routes("{path: /a, upstream: v}"),
+        "f:5:26: routes[0].upstream: no upstream 'v'; there is u",
+    ),
+    (
+        "mistyped upstream",
+        (TOP + ROUTE).replace("  u:", "  transcode:").replace("upstream: u", "upstream: transcod"),
+        "f:5:26: routes[0].upstream: no upstream 'transcod'; did you mean 'transcode'?",
+    ),
+    ("route without upstream", routes("{path: /a}"), "f:5:5: routes[0]: 'upstream' is missing"),
+    (
+        "route that matches nothing in particular",
+        routes("{upstream: u}"),
+        "f:5:5: routes[0]: matches nothing in particular: give one of path, prefix, regex, host, methods, headers",
+    ),
+    (
+        "two kinds of path",
+        routes("{path: /a, prefix: /b, upstream: u}"),
+        "f:5:16: routes[0].prefix: 'path' and 'prefix' exclude each other",
+    ),
+    (
+        "same route twice",
+        routes("{path: /a, upstream: u}", "{path: /a, upstream: u, limit: 1}"),
+        "f:6:5: routes[1]: matches the same requests as routes[0], line 5",
+    ),
+    (
+        "same route, otherwise written",
+        routes(
+            "{host: A, methods: [GET, PUT], upstream: u}",
+            "{host: a, methods: [PUT, GET], upstream: u}",
+        ),
+        "f:6:5: routes[1]: matches the same requests as routes[0], line 5",
+    ),
+    (
+        "route name twice",
+        routes("{name: x, path: /a, upstream: u}", "{name: x, path: /b, upstream: u}"),
+        "f:6:6: routes[1].name: the name 'x' is taken by routes[0]",
+    ),
+    (
+        "relative path",
+        routes("{path: a, upstream: u}"),
+        "f:5:12: routes[0].path: must start with '/', not 'a'",
+    ),
+    (
+        "path with a query",
+        routes("{path: '/a?b', upstream: u}"),
+        "f:5:12: routes[0].path: must be a path alone: the query string takes no part in routing",
+    ),
+    (
+        "bad regex",
+        routes("{regex: '/a(', upstream: u}"),
+        "f:5:13: routes[0].regex: not a regular expression: missing ), unterminated subpattern at position 2",
+    ),
+    (
+        "host with a star inside",
+        routes("{host: a.*.b, upstream: u}"),
+        "f:5:12: routes[0].host: 'a.*.b' is neither a host name nor *.suffix (and takes no port)",
+    ),
+    (
+        "lower-case method",
+        routes("{methods: get, upstream: u}"),
+        "f:5:15: routes[0].methods: 'get' is not a request method such as GET",
+    ),
+    (
+        "headers a list",
+        routes("{headers: [a], upstream: u}"),
+        "f:5:15: routes[0].headers: must be a mapping, not a list",
+    ),
+    (
+        "header value a number",
+        routes("{headers: {a: 1}, upstream: u}"),
+        "f:5:19: routes[0].headers.a: must be text, not a whole number",
+    ),
+    (
+        "strip without a path",
+        routes("{host: a, strip_prefix: true, upstream: u}"),
+        "f:5:15: routes[0].strip_prefix: needs 'path' or 'prefix'",
+    ),
+    (
+        "strip and replace",
+        routes("{path: /a, strip_prefix: true, replace_prefix: /b, upstream: u}"),
+        "f:5:36: routes[0].replace_prefix: 'strip_prefix' and 'replace_prefix' exclude each other",
+    ),
+    (
+        "bad on_client_disconnect",
+        routes("{path: /a, upstream: u, on_client_disconnect: stop}"),
+        "f:5:51: routes[0].on_client_disconnect: must be one of cancel, finish, not 'stop'",
+    ),
+    ("route a word", routes("a"), "f:5:5: routes[0]: must be a mapping, not text"),
+    (
+        "routes a mapping",
+        TOP + "routes: {path: /a}\n",
+        "f:4:9: routes: must be a list, not a mapping",
+    ),
+    (
+        "unset variable",
+        upstream('{static: a:1, limit: "${NOT_SET}"}'),
+        "f:3:27: upstreams.u.limit: environment variable NOT_SET is not set",
+    ),
+    (
+        "variable of a wrong type",
+        upstream('{static: a:1, limit: "${WORD}"}'),
+        "f:3:27: upstreams.u.limit: must be a whole number, not text",
+    ),
+    (
+        "router without name",
+        TOP + "routers: [{settings: {}}]\n",
+        "f:4:11: routers[0]: 'name' is missing",
+    ),
+    (
+        "router settings a list",
+        TOP + "routers: [{name: a, settings: []}]\n",
+        "f:4:31: routers[0].settings: must be a mapping, not a list",
+    ),
+    (
+        "old file without host",
+        "port: 80\nroutes: [{uri: /a, limit: 1, K8s_port: 1}]\n",
+        "f:2:10: routes[0]: 'k8s_host' is missing",
+    ),
+    ("old file with a bad port", "port: 0\nroutes: []\n", "f:1:7: port: must be at least 1, not 0"),
+    (
+        "old file, same uri twice",
+        "port: 80\nroutes:\n  - &r {uri: /a, limit: 1, k8s_host: a, K8s_port: 1}\n  - *r\n",
+        "f:3:9: routes[1].uri: '/a' is given twice",
+    ),
+    (
+        "old file, K8s_port misspelt",
+        "port: 80\nroutes: [{uri: /a, limit: 1, k8s_host: a, k8s_port: 1}]\n",
+        "f:2:10: routes[0]: 'K8s_port' is missing\nf:2:43: routes[0].k8s_port: unknown key; did you mean 'K8s_port'?",
+    ),
+]
+
+
+class BrokenConfigTests(SynchronousTestCase):
+    """Each mistake is told with file, line, column and key."""
+
+
+def _add(number: int, name: str, content: str, expected: str) -> None:
+    def test(self: SynchronousTestCase) -> None:
+        error = self.assertRaises(InvalidConfig, parse, content, "f", {"WORD": "two"})
+        self.assertEqual(str(error), expected)
+
+    test.__doc__ = name
+    setattr(BrokenConfigTests, f"test_{number:02}_{name.replace(' ', '_').replace(',', '')}", test)
+
+
+for _number, _case in enumerate(BROKEN):
+    _add(_number, *_case)
+
+
+class ConfigTests(SynchronousTestCase):
+    def test_design_example(self) -> None:
+        """The example of the design is read as it is meant."""
+        config = parse(
+            """\
+listen: tcp:8080                 # Twisted endpoint strings; a list is fine
+admin: tcp:9901:interface=127.0.0.1
+upstreams:
+  transcode:
+    dns: {name: transcode-pods.media.svc.cluster.local, port: 20109}
+    limit: 2                     # requests in flight per pod
+    queue: {size: 200, timeout: 2h}
+routes:
+  - path: /VideoCodecService/VideoCodec
+    upstream: transcode
+""",
+            "f",
+        )
+        transcode = config.upstreams["transcode"]
+        self.assertEqual(
+            transcode.source, DnsSource("transcode-pods.media.svc.cluster.local", 20109)
+        )
+        self.assertEqual(
+            (transcode.limit, transcode.queue.size, transcode.queue.timeout), (2, 200, 7200)
+        )
+        self.assertEqual(config.routes[0].name, "/VideoCodecService/VideoCodec")
+        self.assertEqual(config.admin, "tcp:9901:interface=127.0.0.1")
+
+    def test_old_file(self) -> None:
+        """The Go version's file keeps its meaning: exact URI, limit per pod for that URI."""
+        config = parse(
+            """\
+port: 8080
+debug: true
+log_file: /var/log/proxy.log
+routes:
+  - {uri: /a, limit: 2, k8s_host: pods.ns, K8s_port: 20109}
+  - {uri: /b, limit: 1, k8s_host: pods.ns, K8s_port: 20109}
+  - {uri: /c, limit: 3, k8s_host: others.ns, K8s_port: 1}
+""",
+            "f",
+        )
+        self.assertEqual(config.listen, ("tcp:8080",))
+        self.assertEqual((config.log.level, config.log.file), ("debug", "/var/log/proxy.log"))
+        self.assertEqual(
+            [(r.match.path, r.limit, r.upstream) for r in config.routes],
+            [("/a", 2, "pods.ns:20109"), ("/b", 1, "pods.ns:20109"), ("/c", 3, "others.ns:1")],
+        )
+        self.assertEqual(
+            {n: u.limit for n, u in config.upstreams.items()},
+            {"pods.ns:20109": 3, "others.ns:1": 3},
+        )
+
+    def test_old_file_defaults(self) -> None:
+        """An empty log_file means standard output, as it did."""
+        config = parse("port: 80\nlog_file: ''\nroutes: []\n", "f")
+        self.assertEqual((config.log.level, config.log.file), ("info", None))
+
+    def test_every_mistake_is_told(self) -> None:
+        """Mistakes do not hide each other, and come in the order of the file."""
+        error = self.assertRaises(
+            InvalidConfig,
+            parse,
+            "listen: tcpp:1\nupstreams:\n  u: {static: a, limit: x}\n  v: {}\nroutes:\n  - {upstream: w}\n",
+            "f",
+        )
+        self.assertEqual(
+            [(p.line, p.path) for p in error.problems],
+            [
+                (1, "listen"),
+                (3, "upstreams.u.static"),
+                (3, "upstreams.u.limit"),
+                (4, "upstreams.v"),
+                (6, "routes[0]"),
+            ],
+        )
+
+    def test_variables(self) -> None:
+        """${NAME} is filled in; alone it has the type of what it holds; $$ is a dollar."""
+        config = parse(
+            """\
+listen: tcp:${PORT}
+upstreams:
+  u:
+    static: ${POD}
+    limit: ${LIMIT:-3}
+    queue: {size: "${SIZE}", timeout: "${T}"}
+routes:
+  - {path: "/$${x}", name: "${NUMBER}", upstream: u}
+""",
+            "f",
+            {"PORT": "8080", "POD": "a:1", "SIZE": "7", "T": "off", "NUMBER": "5"},
+        )
+        u = config.upstreams["u"]
+        self.assertEqual(config.listen, ("tcp:8080",))
+        self.assertEqual(u.source, StaticSource((Address("a", 1),)))
+        self.assertEqual((u.limit, u.queue.size), (3, 7))
+        self.assertEqual((config.routes[0].match.path, config.routes[0].name), ("/${x}", "5"))
+        self.assertIsNone(u.queue.timeout)
+
+    def test_routes(self) -> None:
+        """Everything that a route can say."""
+        config = parse(
+            TOP
+            + """\
+routers:
+  - {name: by-tenant, settings: {header: x, nested: [1, 2.5, true, null, ~]}}
+routes:
+  - {prefix: /a, strip_prefix: true, limit: 2, upstream: u, on_client_disconnect: finish}
+  - {prefix: /b, replace_prefix: /c, max_body: 1MiB, upstream: u}
+  - {regex: "/x/[0-9]+", host: "*.Example.com", methods: [GET, HEAD], upstream: u}
+  - {headers: {X-B: "2", x-a: one}, methods: POST, upstream: u}
+log: {format: json, file: /tmp/x, access: false}
+client: {max_body: off, keepalive: 1m30s}
+drain_timeout: 5s
+""",
+            "f",
+        )
+        a, b, x, headers = config.routes
+        self.assertEqual(
+            (a.replace_prefix, a.limit, a.on_client_disconnect), ("/", 2, OnDisconnect.FINISH)
+        )
+        self.assertEqual((b.replace_prefix, b.max_body, b.name), ("/c", 2**20, "/b/*"))
+        self.assertEqual(
+            (x.match.host, x.name), ("*.example.com", "GET,HEAD *.example.com~/x/[0-9]+")
+        )
+        self.assertEqual(headers.match.headers, (("x-a", "one"), ("x-b", "2")))
+        self.assertEqual(headers.name, "POST  x-a=one x-b=2".replace("  ", " "))
+        self.assertEqual(
+            config.routers[0].settings, {"header": "x", "nested": [1, 2.5, True, None, None]}
+        )
+        self.assertIs(config.log.format, LogFormat.JSON)
+        self.assertEqual((config.client.max_body, config.client.keepalive), (None, 90.0))
+        self.assertEqual(config.drain_timeout, 5.0)
+
+    def test_only_routers(self) -> None:
+        """Custom routers alone are enough."""
+        config = parse(TOP + "routers: [{name: a}]\n", "f")
+        self.assertEqual((config.routers[0].name, config.routes), ("a", ()))
+
+    def test_addresses(self) -> None:
+        """IPv6 pods and name servers are bracketed; a name server's port may be left out."""
+        config = parse(
+            upstream("{dns: {name: _a.b., port: 1, servers: [127.0.0.1, '[::1]:5353']}}"), "f"
+        )
+        source = config.upstreams["u"].source
+        assert isinstance(source, DnsSource)
+        self.assertEqual(source.servers, (("127.0.0.1", 53), ("::1", 5353)))
+
+    def test_environment_is_the_process(self) -> None:
+        """Without another one given, variables come from the process."""
+        self.patch(os, "environ", {"PODS": "a:1"})
+        config = parse(upstream("{static: '${PODS}'}"), "f")
+        self.assertEqual(config.upstreams["u"].source, StaticSource((Address("a", 1),)))
+
+    def test_unreadable(self) -> None:
+        """A file that is not there, or no text, is named."""
+        folder = Path(self.mktemp())
+        folder.mkdir()
+        missing, binary, good = folder / "no.yaml", folder / "b.yaml", folder / "good.yaml"
+        self.assertEqual(
+            str(self.assertRaises(ConfigError, load, missing)),
+            f"{missing}: cannot be read: No such file or directory",
+        )
+        binary.write_bytes(b"a: \xff")
+        self.assertEqual(
+            str(self.assertRaises(ConfigError, load, binary)),
+            f"{binary}: is not UTF-8 text, at byte 3",
+        )
+        good.write_text(TOP + ROUTE)
+        self.assertIsInstance(load(good), Config)
+
+
+class UnitTests(SynchronousTestCase):
+    def test_durations(self) -> None:
+        """Durations in every unit, and several parts in a row."""
+        for text, seconds in {
+            "500ms": 0.5, "10s": 10, "2h": 7200, "1h30m": 5400, "1.5m": 90, "2d": 172800, "0": 0,
+        }.items():  # fmt: skip
+            self.assertEqual(parse_duration(text), seconds)
+
+    def test_sizes(self) -> None:
+        """Sizes in both kinds of unit."""
+        for text, size in {"64KiB": 65536, "1 MB": 10**6, "3B": 3, "1.5GiB": 3 * 2**29}.items():
+            self.assertEqual(parse_size(text), size)
