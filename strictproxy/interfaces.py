@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from twisted.plugin import IPlugin
 from zope.interface import Attribute, Interface
 
 from strictproxy.scheduling import Address
@@ -81,7 +82,7 @@ class IRouter(Interface):
         """
 
 
-class IRouterPlugin(Interface):
+class IRouterPlugin(IPlugin):
     """
     Makes routers; provided by objects that `twisted.plugin` finds in `strictproxy.plugins`.
     """

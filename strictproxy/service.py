@@ -9,6 +9,9 @@ then whatever is left.
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Collection, Mapping
 from ipaddress import ip_address
 from typing import Any, ClassVar
@@ -118,8 +121,23 @@ class ProxyService(Service):
     def startService(self) -> None:
         """Start everything; if a listener cannot be opened the reactor is stopped."""
         super().startService()
+        self._reactor.callWhenRunning(self._take_sigterm)
         self.started = Deferred.fromCoroutine(self._start())
         self.started.addErrback(self._cannot_start)
+
+    def _take_sigterm(self) -> None:
+        """
+        Stop on SIGTERM with exit code 0, and on a second one at once.
+
+        Twisted's own handler ends the process by the signal in the end, which
+        Kubernetes would show as a failure.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        self._reactor.callFromThread(self._reactor.stop)
 
     async def _start(self) -> None:
         self.site.start()
@@ -139,7 +157,8 @@ class ProxyService(Service):
     def _cannot_start(self, failure: Failure) -> None:
         # A proxy that cannot listen must not run deaf.
         _log.critical("cannot start: {reason}", reason=failure.getErrorMessage())
-        self._exit_code = 1
+        # twistd itself would report success.
+        self._reactor.addSystemEventTrigger("after", "shutdown", os._exit, 1)
         self._reactor.callWhenRunning(self._reactor.stop)
 
     def addresses(self) -> list[tuple[str, int]]:

@@ -101,9 +101,9 @@ class ForwardingTests(ProxyTestCase):
         )
         pod = await self.pods[0].connection()
         for name, body in (("/a", b""), ("/b", b"B"), ("/c", b"")):
-            sent = await pod.has(name.encode() + b" HTTP/1.1")
+            await pod.has(name.encode() + b" HTTP/1.1")
             if body:
-                sent = await pod.has(b"\r\n\r\nB")
+                await pod.has(b"\r\n\r\nB")
             pod.take()
             pod.send(response(name.encode()))
         answers = await client.has(b"/c")
@@ -547,7 +547,7 @@ class PodFailureTests(ProxyTestCase):
         self.assertFalse(answer.endswith(b"0\r\n\r\n"))
 
     async def test_stale_connection(self) -> None:
-        """A kept-alive connection that the pod closes as it is used is no error, not even for POST."""
+        """A kept-alive connection that the pod closes as it is used is no error, even for POST."""
         self.start()
         client = await self.client(request("/a"))
         pod = await self.pods[0].connection()

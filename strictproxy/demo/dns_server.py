@@ -41,6 +41,17 @@ class Zone(ResolverBase):
         return succeed((answers, [], []))
 
 
+class _Factory(DNSServerFactory):
+    """Truncates what does not fit into 512 bytes of UDP, as Twisted's own server does not."""
+
+    noisy = False
+
+    def sendReply(self, protocol: Any, message: dns.Message, address: Any) -> None:
+        """Send an answer; `address` is None over TCP."""
+        message.maxSize = 0 if address is None else 512
+        super().sendReply(protocol, message, address)
+
+
 class DnsServer:
     """Serves a `Zone` over UDP and TCP on a free port of loopback."""
 
@@ -52,8 +63,7 @@ class DnsServer:
 
     def start(self) -> None:
         """Listen; `port` is known afterwards."""
-        factory = DNSServerFactory(clients=[self.zone])
-        factory.noisy = False
+        factory = _Factory(clients=[self.zone])
         for _ in range(20):
             tcp = self._reactor.listenTCP(0, factory, interface="127.0.0.1")
             number = tcp.getHost().port

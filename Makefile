@@ -1,0 +1,53 @@
+# make demo    the main job on this machine: embedded pods, DNS and the real proxy
+# make test    everything needed, then the tests
+# make lint    ruff, mypy, import-linter
+# make format  let ruff rewrite the code
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+KEEP   ?= 0
+
+.PHONY: demo test lint format clean system-packages
+
+$(VENV)/.demo: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("strictproxy needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]' --config-settings editable_mode=compat
+	@touch $@
+
+$(VENV)/.dev: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("strictproxy needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,dev]' --config-settings editable_mode=compat
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	@KEEP=$(KEEP) $(BIN)/python -m strictproxy.demo
+
+test: $(VENV)/.dev system-packages
+	@PATH="$(abspath $(BIN)):/usr/sbin:$$PATH" $(BIN)/python tests/run.py
+
+# The end-to-end tests drive real servers. Without root they are skipped, and say so.
+system-packages:
+	@for program in nginx dnsmasq hey curl; do \
+	  PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null && continue; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends nginx-light dnsmasq-base hey curl >/dev/null; \
+	  else echo "$$program is not installed: the tests that need it will be skipped"; fi; \
+	  break; \
+	done
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info _trial_temp* .coverage* .mypy_cache .ruff_cache .hypothesis .import_linter_cache
