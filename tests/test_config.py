@@ -13,6 +13,7 @@ from strictproxy.config import (
     InvalidConfig,
     LogFormat,
     OnDisconnect,
+    PodConnections,
     StaticSource,
     load,
     parse,
@@ -541,7 +542,7 @@ routes:
   - {prefix: /b, replace_prefix: /c, max_body: 1MiB, upstream: u}
   - {regex: "/x/[0-9]+", host: "*.Example.com", methods: [GET, HEAD], upstream: u}
   - {headers: {X-B: "2", x-a: one}, methods: POST, upstream: u}
-log: {format: json, file: /tmp/x, access: false}
+log: {format: json, file: /tmp/x, access: false, level: WARN}
 client: {max_body: off, keepalive: 1m30s}
 drain_timeout: 5s
 """,
@@ -561,8 +562,20 @@ drain_timeout: 5s
             config.routers[0].settings, {"header": "x", "nested": [1, 2.5, True, None, None]}
         )
         self.assertIs(config.log.format, LogFormat.JSON)
+        self.assertEqual(config.log.level, "warn")
         self.assertEqual((config.client.max_body, config.client.keepalive), (None, 90.0))
         self.assertEqual(config.drain_timeout, 5.0)
+
+    def test_connections(self) -> None:
+        """Time-outs towards the pods; some may be off."""
+        config = parse(
+            upstream(
+                "{static: a:1, connections: {connect_timeout: 1s, keepalive: 2s,"
+                " first_byte_timeout: 3s, idle_timeout: off}}"
+            ),
+            "f",
+        )
+        self.assertEqual(config.upstreams["u"].connections, PodConnections(1.0, 2.0, 3.0, None))
 
     def test_only_routers(self) -> None:
         """Custom routers alone are enough."""

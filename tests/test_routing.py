@@ -108,6 +108,19 @@ class RouteTableTests(SynchronousTestCase):
         self.assert_takes(routes, info("/a"), "a")
         self.assert_takes(routes[:1], info("/a"), None)
 
+    def test_falls_through(self) -> None:
+        """A path that fits is not enough: the method must fit too, or the next kind is tried."""
+        put = frozenset({"PUT"})
+        routes = [
+            route("regex", regex="/a.*", methods=put),
+            route("long", prefix="/a/b", methods=put),
+            route("short", prefix="/a", methods=put),
+            route("any", headers=(("x", "y"),)),
+        ]
+        self.assert_takes(routes, info("/a/b", x="y"), "any")
+        self.assert_takes(routes, info("/a/b"), None)
+        self.assert_takes(routes[1:], info("/a/b", method="PUT"), "long")
+
     def test_headers(self) -> None:
         """All headers must be there; more of them are more specific; repeated ones are joined."""
         routes = [

@@ -106,7 +106,7 @@ class ChunkedReader:
             self._buffer = b""
         pieces: list[bytes] = []
         position = 0
-        while self.rest is None:
+        while True:
             if self._in_trailers:
                 self._read_trailers(data[position:])
                 break

@@ -351,8 +351,7 @@ def _read_framing(head: Head, special: dict[bytes, bytes], error: type[ProxyErro
     length = special.get(b"content-length")
     coding = special.get(b"transfer-encoding")
     if coding is not None:
-        if length is not None:
-            raise error("Content-Length beside Transfer-Encoding")
+        # Content-Length beside it, llhttp has refused already.
         if not head.http_1_1:
             raise error("Transfer-Encoding in an HTTP/1.0 message")
         if coding.strip().lower() != b"chunked":

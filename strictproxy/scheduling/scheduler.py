@@ -272,11 +272,6 @@ class Scheduler:
 
     # -- looking in
 
-    @property
-    def known(self) -> int:
-        """Pods in the set that discovery published last."""
-        return self._known
-
     def state(self) -> SchedulerState:
         """Return a snapshot; it shares nothing with the scheduler."""
         pods = tuple(
