@@ -1,0 +1,157 @@
+"""The composition root: what is started and stopped, and the admin listener."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from twisted.internet import reactor as _reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint
+from twisted.internet.task import deferLater
+from twisted.python.usage import UsageError
+from twisted.trial.unittest import TestCase
+from twisted.web.client import Agent, readBody
+
+from strictproxy.config import parse
+from strictproxy.demo.dns_server import DnsServer
+from strictproxy.scheduling import Address
+from strictproxy.service import Options, ProxyService, makeService
+from tests.harness import ScriptedPod, response
+
+reactor: Any = _reactor
+
+
+class ServiceTests(TestCase):
+    timeout = 30
+
+    async def start(self, source: str, more: str = "") -> ProxyService:
+        config = parse(
+            "listen: [tcp:0:interface=127.0.0.1, tcp:0:interface=127.0.0.1]\n"
+            "admin: tcp:0:interface=127.0.0.1\n"
+            f"upstreams: {{u: {{{source}}}}}\nroutes: [{{prefix: /, upstream: u}}]\n"
+            f"log: {{access: false}}\n{more}",
+            "f",
+        )
+        service = ProxyService(config, reactor)
+        # Signals belong to trial.
+        self.patch(service, "_take_sigterm", lambda: None)
+        service.startService()
+        self.addCleanup(lambda: service.stopService() if service.running else None)
+        await service.started
+        return service
+
+    async def get(self, address: tuple[str, int], path: str) -> tuple[int, str]:
+        url = f"http://{address[0]}:{address[1]}{path}"
+        answer: Any = await Agent(reactor).request(b"GET", url.encode())
+        return answer.code, (await readBody(answer)).decode()
+
+    async def until(self, condition: Any) -> None:
+        for _ in range(1000):
+            if condition():
+                return
+            await deferLater(reactor, 0.01)
+        self.fail("never happened")
+
+    async def test_listens_and_proxies(self) -> None:
+        """Every listener leads to the pods; the admin one tells of them and proxies nothing."""
+        pod = ScriptedPod()
+        self.addCleanup(pod.port.stopListening)
+        service = await self.start(f'static: "{pod.address}"')
+        first, second, admin = service.addresses()
+        for number, address in enumerate((first, second)):
+            answer = Deferred.fromCoroutine(self.get(address, f"/{number}"))
+            wire = await pod.connection()
+            await wire.has(b"GET /%d " % number)
+            running = json.loads((await self.get(admin, "/api/v1/state"))[1])
+            self.assertEqual(running["upstreams"]["u"]["running"], 1)
+            wire.send(response(b"hello"))
+            self.assertEqual(await answer, (200, "hello"))
+        self.assertEqual(await self.get(admin, "/healthz"), (200, "ok\n"))
+        self.assertEqual(await self.get(admin, "/readyz"), (200, "ok\n"))
+        _, state = await self.get(admin, "/api/v1/state")
+        self.assertEqual(
+            json.loads(state),
+            {
+                "upstreams": {
+                    "u": {
+                        "trusted": True,
+                        "waiting": 0,
+                        "running": 0,
+                        "slots": 1,
+                        "pods": [
+                            {"address": str(pod.address), "leases": 0, "limit": 1, "known": True}
+                        ],
+                    }
+                }
+            },
+        )
+        self.assertEqual((await self.get(admin, "/0"))[0], 404)
+        await service.stopService()
+        await wire.end()
+
+    async def test_ready_with_the_first_trusted_set(self) -> None:
+        """Not ready until discovery has been believed once; then the name's pods are used."""
+        dns = DnsServer(reactor)
+        dns.zone.records = {"pods.ns": ["127.0.0.1"]}
+        dns.start()
+        self.addCleanup(dns.stop)
+        service = await self.start(
+            f'dns: {{name: pods.ns, port: 1, servers: "127.0.0.1:{dns.port}",'
+            " lookups: 3, interval: 50ms, every: 200ms}"
+        )
+        *_, admin = service.addresses()
+        self.assertEqual(
+            await self.get(admin, "/readyz"), (503, "no trusted address set yet for: u\n")
+        )
+        await self.until(lambda: service.upstreams["u"].trusted)
+        self.assertEqual((await self.get(admin, "/readyz"))[0], 200)
+        self.assertEqual(service.upstreams["u"].pods(), [Address("127.0.0.1", 1)])
+        await service.stopService()
+
+    async def test_drains(self) -> None:
+        """While it stops: not ready, what runs is finished, what does not finish gets 503."""
+        pod = ScriptedPod()
+        self.addCleanup(pod.port.stopListening)
+        service = await self.start(f'static: "{pod.address}"', "drain_timeout: 300ms\n")
+        first, *_ = service.addresses()
+        running = Deferred.fromCoroutine(self.get(first, "/runs"))
+        wire = await pod.connection()
+        await wire.has(b"/runs")
+        waiting = Deferred.fromCoroutine(self.get(first, "/waits"))
+        await self.until(lambda: service.upstreams["u"].state().waiting == 1)
+        stopped = service.stopService()
+        wire.send(response(b"done"))
+        self.assertEqual(await running, (200, "done"))
+        await wire.has(b"/waits")
+        code, body = await waiting
+        self.assertEqual((code, json.loads(body)["reason"]), (503, "shutting_down"))
+        await stopped
+        self.assertEqual(service.upstreams["u"].state().running, 0)
+
+    def test_endpoints(self) -> None:
+        """Addresses are connected to directly, names through the resolver."""
+        config = parse("listen: tcp:0\nupstreams: {u: {static: a:1}}\nroutes: []\n", "f")
+        service = ProxyService(config, reactor)
+        for host, kind in (
+            ("10.0.0.1", TCP4ClientEndpoint),
+            ("::1", TCP6ClientEndpoint),
+            ("pod.local", HostnameEndpoint),
+        ):
+            self.assertIsInstance(service._endpoint_for(Address(host, 80), 1.0), kind)
+
+    def test_options(self) -> None:
+        """The command line names the file; its mistakes are told before anything starts."""
+        path = Path(self.mktemp())
+        path.write_text("listen: tcp:0\nupstreams: {u: {static: a:1}}\nrouters: [{name: none}]\n")
+        options = Options()
+        options.parseOptions(["--config", str(path)])
+        self.assertIn("router 'none' is not installed", str(self.failing(makeService, options)))
+        path.write_text("listen: tcp:0\n")
+        error = self.failing(Options().parseOptions, ["-c", str(path)])
+        self.assertIn(f"{path}:1:1: 'upstreams' is missing", str(error))
+
+    def failing(self, function: Any, argument: Any) -> UsageError:
+        error: UsageError = self.assertRaises(UsageError, function, argument)  # type: ignore[assignment]
+        return error
