@@ -22,6 +22,7 @@ from twisted.web.server import NOT_DONE_YET
 
 from strictproxy.config.model import Match, OnDisconnect, RouteConfig
 from strictproxy.errors import (
+    BadResponse,
     ClientGone,
     NoRoute,
     PodError,
@@ -125,6 +126,7 @@ class Exchange:
     __slots__ = (
         "_connecting",
         "_connection",
+        "_ended_half",
         "_finished",
         "_lease",
         "_proxy",
@@ -133,6 +135,7 @@ class Exchange:
         "_request",
         "_route",
         "_started",
+        "_tunnel",
         "_upstream",
         "_waiting",
         "client",
@@ -159,6 +162,9 @@ class Exchange:
         #: the body as sent to the pod so far, while it could be sent again
         self._replay: list[bytes] | None = []
         self._replayable = 0
+        #: an upgrade has taken place; which side has closed its half
+        self._tunnel = False
+        self._ended_half: str | None = None
         self._finished = False
         self.client_left = False
         self.error: ProxyError | None = None
@@ -294,7 +300,9 @@ class Exchange:
             out.append(b"Host: %b\r\n" % str(self.pod).encode())
         if head.chunked:
             out.append(b"Transfer-Encoding: chunked\r\n")
-        if head.wants_trailers:
+        if head.upgrade is not None and head.http_1_1:
+            out.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % head.upgrade)
+        elif head.wants_trailers:
             out.append(b"TE: trailers\r\nConnection: TE\r\n")
         out.append(b"\r\n")
         return out
@@ -313,7 +321,8 @@ class Exchange:
             return  # between two tries; the next one begins with what is kept
         if self._replayable > self._read_ahead():
             self._replay = None
-        connection.send(encode_chunk(data) if self._request.head.chunked else data)
+        framed = self._request.head.chunked and not self._tunnel
+        connection.send(encode_chunk(data) if framed else data)
 
     def _read_ahead(self) -> int:
         channel = self._request.channel
@@ -321,7 +330,10 @@ class Exchange:
 
     def client_end(self, trailers: list[Field]) -> None:
         """Pass the end of the body on to the pod."""
-        if self._connection is not None:
+        if self._tunnel:
+            if self._connection is not None:
+                self._half_closed("client", self._connection.end_output)
+        elif self._connection is not None:
             chunked = self._request.head.chunked
             self._connection.end_request(encode_last_chunk(trailers) if chunked else b"")
 
@@ -346,7 +358,9 @@ class Exchange:
         finish = self._route is not None and (
             self._route.on_client_disconnect is OnDisconnect.FINISH
         )
-        if finish and self._connection is not None and self._request.body_ended:
+        if self._connection is None or self._tunnel or not self._request.body_ended:
+            finish = False  # there is nothing that the pod could finish
+        if finish and self._connection is not None:
             self._connection.resume()
             return
         self._finish()
@@ -392,14 +406,40 @@ class Exchange:
         """Pass the last of the body on; whoever waits for the slot has it before that."""
         self._connection = None
         self._release_lease()
-        self._request.end(data, trailers)
+        if self._tunnel:
+            self._request.close()
+        else:
+            self._request.end(data, trailers)
         self._finish()
 
     def pod_upgraded(self, head: ResponseHead, data: bytes) -> None:
-        """Refuse: no upgrade was asked for, as `Upgrade` is not forwarded."""
-        connection = self._connection
+        """Carry bytes both ways from now on, if that is what the client asked for."""
+        request, connection = self._request, self._connection
+        if head.upgrade is None or request.head.upgrade is None or not request.body_ended:
+            if connection is not None:
+                connection.abort()
+            self.pod_failed(BadResponse("the pod upgraded a request that did not ask for it"))
+            return
+        self._replay = None
+        self._tunnel = True
+        lines = encode_fields(head.fields, head.dropped)
+        lines.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % head.upgrade)
+        request.switch(lines, data)
+
+    def pod_half_closed(self) -> None:
+        """Pass the pod's half-close on; with both halves closed the exchange is over."""
+        self._half_closed("pod", self._request.end_output)
+
+    def _half_closed(self, side: str, pass_on: Callable[[], None]) -> None:
+        if self._ended_half in (None, side):
+            self._ended_half = side
+            pass_on()
+            return
+        connection, self._connection = self._connection, None
         if connection is not None:
-            connection.timed_out("an upgrade that nobody asked for")
+            connection.close()
+        self._request.close()
+        self._finish()
 
     def pod_failed(self, error: PodError) -> None:
         """Try again if the pod certainly did not see the request, else answer with the error."""

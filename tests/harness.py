@@ -12,10 +12,12 @@ from typing import Any
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
 from twisted.internet.endpoints import TCP4ClientEndpoint
+from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock, deferLater
 from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
+from zope.interface import implementer
 
 from strictproxy.config.model import (
     ClientConfig,
@@ -37,8 +39,12 @@ from strictproxy.upstream import Upstream
 reactor: Any = _reactor
 
 
+@implementer(IHalfCloseableProtocol)
 class Wire(Protocol):
     """One end of a raw connection: what came, and waiting for more."""
+
+    #: stay open when the other side has ended its half
+    keeps_half = False
 
     def __init__(self) -> None:
         self.received = b""
@@ -46,6 +52,9 @@ class Wire(Protocol):
         self.counting = False
         self.count = 0
         self.closed = False
+        #: the other side will send nothing more
+        self.ended = False
+        self.half_closing = False
         self._waiting: list[tuple[Callable[[], bool], Deferred[bytes]]] = []
 
     def dataReceived(self, data: bytes) -> None:
@@ -54,8 +63,17 @@ class Wire(Protocol):
             self.received += data
         self._check()
 
+    def readConnectionLost(self) -> None:
+        self.ended = True
+        if not self.keeps_half or self.half_closing:
+            self.transport.loseConnection()
+        self._check()
+
+    def writeConnectionLost(self) -> None:
+        pass
+
     def connectionLost(self, reason: Failure | None = None) -> None:
-        self.closed = True
+        self.closed = self.ended = True
         self._check()
 
     def _check(self) -> None:
@@ -90,6 +108,14 @@ class Wire(Protocol):
     def send(self, data: bytes) -> None:
         """Send bytes."""
         self.transport.write(data)
+
+    def half_close(self) -> None:
+        """Send nothing more, and go on reading."""
+        self.half_closing = True
+        if self.ended:
+            self.transport.loseConnection()
+        else:
+            self.transport.loseWriteConnection()
 
     def close(self) -> None:
         """Close after sending what is left."""

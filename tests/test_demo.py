@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -24,7 +25,10 @@ class LoadTests(SynchronousTestCase):
     def test_plan(self) -> None:
         """The plan is the same each time, and comes in three bursts."""
         self.assertEqual(plan(100, 1.0, 7), plan(100, 1.0, 7))
-        self.assertEqual(len({job.arrival for job in plan(100, 1.0, 7)}), 3)
+        arrivals = [job.arrival for job in plan(100, 1.0, 7)]
+        self.assertEqual(arrivals, sorted(arrivals))
+        gaps = [b - a for a, b in itertools.pairwise(arrivals)]
+        self.assertEqual(len([gap for gap in gaps if gap > 1]), 2)
 
     def test_percentiles(self) -> None:
         """Waiting times by percentile; none is zero."""

@@ -138,6 +138,19 @@ class SchedulerTests(SynchronousTestCase):
         scheduler.release(second, 0.0)
         self.assertEqual(self.successResultOf(moved).address, second.address)
 
+    def test_moves_in_any_order(self) -> None:
+        """Requests that are refused in the wrong order still go out in the right one."""
+        scheduler = make(limit=2, pods=(A, B))
+        on_a = [lease for lease in (self.take(scheduler) for _ in range(4)) if lease.address == A]
+        scheduler.set_pods([A, B], 0.0)
+        second = scheduler.move(on_a[1], 0.0)
+        first = scheduler.move(on_a[0], 0.0)
+        tickets = [ticket.ordinal for ticket in scheduler.tickets()]
+        self.assertEqual(tickets, sorted(tickets))
+        self.assertEqual(tickets[0], on_a[0].ticket.ordinal)
+        self.assertNoResult(first)
+        self.assertNoResult(second)
+
     def test_move_runs_out_of_pods(self) -> None:
         """When every pod has refused it, the request fails and its slot is free."""
         scheduler = make()

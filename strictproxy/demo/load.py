@@ -14,6 +14,10 @@ from twisted.internet.task import deferLater
 from twisted.web.client import Agent, readBody
 
 
+#: Seconds between two requests of a burst.
+_APART = 0.005
+
+
 @dataclass(frozen=True)
 class Job:
     """A request: when it is sent, seconds from the start, and how long it takes."""
@@ -33,7 +37,11 @@ def plan(count: int, mean: float, seed: int) -> list[Job]:
     lengths = [min(length, 4 * mean) for length in lengths[: count - 16]] + [mean / 2] * 16
     bursts = [0.0] * (count // 2) + [2.0] * (count // 4)
     bursts += [4.0] * (count - len(bursts))
-    return [Job(arrival, seconds) for arrival, seconds in zip(bursts, lengths, strict=True)]
+    # A few milliseconds apart, so that they arrive in the order of the plan.
+    return [
+        Job(burst + _APART * number, seconds)
+        for number, (burst, seconds) in enumerate(zip(bursts, lengths, strict=True))
+    ]
 
 
 def ideal_makespan(jobs: list[Job], slots: int) -> float:

@@ -39,7 +39,7 @@ from strictproxy.http.heads import (
     parse_request_head,
 )
 from strictproxy.http.problems import problem_body, problem_fields, reason_phrase
-from strictproxy.http.transport import IStreamTransport, write_now
+from strictproxy.http.transport import IStreamTransport, end_output, write_now
 
 if TYPE_CHECKING:
     from strictproxy.http.site import StrictSite
@@ -70,16 +70,6 @@ class RequestHandler(Protocol):
 
     def client_drained(self) -> None:
         """Go on sending."""
-
-
-class Tunnel(Protocol):
-    """Takes over a connection after a 101 response."""
-
-    def tunnel_data(self, data: bytes) -> None:
-        """Take bytes."""
-
-    def tunnel_end(self) -> None:
-        """Note that the other side will send nothing more."""
 
 
 class ClientRequest:
@@ -284,10 +274,34 @@ class ClientRequest:
         if self.channel is not None:
             self.channel.abort()
 
-    def start_tunnel(self, tunnel: Tunnel) -> bytes:
-        """Hand the connection's bytes to `tunnel`; return those that have arrived already."""
-        assert self.channel is not None
-        return self.channel.start_tunnel(tunnel)
+    def switch(self, lines: list[bytes], data: bytes) -> None:
+        """
+        Send a 101 response; from now on the connection carries bytes without framing.
+
+        The handler gets the client's by `client_data` and their end by
+        `client_end`; `send` sends, `end_output` ends our side alone, and
+        `close` everything.
+        """
+        self.status = 101
+        self.head_sent = True
+        self._body_open = True
+        if self.channel is not None:
+            self.channel.write(
+                b"".join([b"HTTP/1.1 101 Switching Protocols\r\n", *lines, b"\r\n", data])
+            )
+            self.channel.switch()
+
+    def end_output(self) -> None:
+        """Send nothing more; the client may go on."""
+        if self.channel is not None:
+            end_output(self.channel.transport)
+
+    def close(self) -> None:
+        """Close the client's connection once everything has been sent."""
+        channel, self.channel = self.channel, None
+        self.handler = None
+        if channel is not None:
+            channel.close()
 
     def _finish(self) -> None:
         channel, self.channel = self.channel, None
@@ -312,7 +326,8 @@ class ServerChannel(TwistedProtocol):
         self._buffer = b""
         self._request: ClientRequest | None = None
         self._reader: BodyReader | None = None
-        self._tunnel: Tunnel | None = None
+        #: an upgrade has taken place: bytes have no framing any more
+        self._switched = False
         self._parsing = False
         self._paused = False
         self._lingering = False
@@ -334,18 +349,16 @@ class ServerChannel(TwistedProtocol):
         self._buffer = b""
         self._reader = None
         request, self._request = self._request, None
-        tunnel, self._tunnel = self._tunnel, None
         if request is not None:
             request.channel = None
             if request.handler is not None:
                 request.handler.client_gone()
-        elif tunnel is not None:
-            tunnel.tunnel_end()
 
     def readConnectionLost(self) -> None:
-        """Take a half-closed connection for a closed one, but in a tunnel."""
-        if self._tunnel is not None:
-            self._tunnel.tunnel_end()
+        """Take a half-closed connection for a closed one, but after an upgrade."""
+        request = self._request
+        if self._switched and request is not None and request.handler is not None:
+            request.handler.client_end([])
         else:
             # Some clients half-close and still read. But most that close for
             # good look just the same, and a slot is worth more.
@@ -404,10 +417,11 @@ class ServerChannel(TwistedProtocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the client."""
-        if self._tunnel is not None:
-            self._tunnel.tunnel_data(data)
-        elif self._lingering:
+        if self._lingering:
             pass
+        elif self._switched:
+            if self._request is not None and self._request.handler is not None:
+                self._request.handler.client_data(data)
         elif self._reader is not None:
             self._read_body(self._reader, data)
         elif self._request is not None:
@@ -445,7 +459,7 @@ class ServerChannel(TwistedProtocol):
             self._parsing = False
 
     def _takes_requests(self) -> bool:
-        return not (self._lost or self._lingering or self._tunnel)
+        return not (self._lost or self._lingering or self._switched)
 
     def _check_partial(self) -> None:
         limits = self.site.limits
@@ -560,7 +574,7 @@ class ServerChannel(TwistedProtocol):
         self.site.linger_timeouts.start(self, self.site.now())
         self.resume_reading()
         self.transport.unregisterProducer()
-        self.transport.loseWriteConnection()
+        end_output(self.transport)
 
     def timed_out(self) -> None:
         """Give up waiting for the rest of a head or body."""
@@ -571,8 +585,12 @@ class ServerChannel(TwistedProtocol):
         else:
             self.close()
 
-    def start_tunnel(self, tunnel: Tunnel) -> bytes:
-        """Hand everything that arrives from now on to `tunnel`."""
-        self._tunnel = tunnel
+    def switch(self) -> None:
+        """Take bytes without framing from now on; those that have come already are the first."""
+        self._switched = True
+        self._reader = None
+        self.site.body_timeouts.stop(self)
         data, self._buffer = self._buffer, b""
-        return data
+        request = self._request
+        if data and request is not None and request.handler is not None:
+            request.handler.client_data(data)

@@ -21,11 +21,10 @@ from strictproxy.errors import (
 )
 from strictproxy.http.framing import BodyReader, ChunkedReader, LengthReader, UntilCloseReader
 from strictproxy.http.heads import END_OF_HEAD, Field, ResponseHead, parse_response_head
-from strictproxy.http.transport import IStreamTransport, write_now
+from strictproxy.http.transport import IStreamTransport, end_output, write_now
 from strictproxy.scheduling import Address
 
 if TYPE_CHECKING:
-    from strictproxy.http.channel import Tunnel
     from strictproxy.http.pool import PodPool
 
 _MAX_HEAD = 256 * 1024
@@ -51,7 +50,15 @@ class ResponseHandler(Protocol):
         """Take the last of the body. The connection is not the handler's any more."""
 
     def pod_upgraded(self, head: ResponseHead, data: bytes) -> None:
-        """Take a 101 response; the connection is a tunnel from now on."""
+        """
+        Take a 101 response and the bytes behind it; more come by `pod_data`, without framing.
+
+        Then `pod_half_closed` may tell that no more will, and `pod_end` that
+        the connection is closed.
+        """
+
+    def pod_half_closed(self) -> None:
+        """Note that the pod, after an upgrade, sends nothing more but may still read."""
 
     def pod_failed(self, error: PodError) -> None:
         """Note that no more will come. The connection is not the handler's any more."""
@@ -86,7 +93,7 @@ class PodConnection(TwistedProtocol):
         self._began = 0.0
         self._head: ResponseHead | None = None
         self._reader: BodyReader | None = None
-        self._tunnel: Tunnel | None = None
+        self._switched = False
         self._request_ended = False
         self._answered = False
 
@@ -126,20 +133,28 @@ class PodConnection(TwistedProtocol):
     def resume(self) -> None:
         """Read from the pod again."""
         if not self.lost:
-            if self._answered:
+            if self._answered and not self._switched:
                 self.pool.idle_timeouts.start(self, self.pool.now())
             self.transport.resumeProducing()
 
     def abort(self) -> None:
         """Close; the handler is not called any more."""
         self.handler = None
-        self._tunnel = None
         if not self.lost:
             self.transport.abortConnection()
 
-    def start_tunnel(self, tunnel: Tunnel) -> None:
-        """Hand the bytes that arrive from now on to `tunnel`."""
-        self._tunnel = tunnel
+    def end_output(self) -> None:
+        """After an upgrade: send nothing more; the pod may go on."""
+        if not self.lost:
+            end_output(self.transport)
+
+    def close(self) -> None:
+        """Close once everything has been sent; the handler is not called any more."""
+        self.handler = None
+        if not self.lost:
+            # A paused producer would keep the transport from closing.
+            self.transport.unregisterProducer()
+            self.transport.loseConnection()
 
     # -- the transport's side
 
@@ -162,9 +177,11 @@ class PodConnection(TwistedProtocol):
         """Do nothing: connectionLost follows."""
 
     def readConnectionLost(self) -> None:
-        """Take the end of the pod's bytes; in a tunnel ours may go on."""
-        if self._tunnel is not None:
-            self._tunnel.tunnel_end()
+        """Take the end of the pod's bytes; after an upgrade ours may go on."""
+        if self._switched and self.handler is not None:
+            self.handler.pod_half_closed()
+        elif self._reader is not None and self._reader.end_of_input():
+            self.transport.loseConnection()
         else:
             self.transport.abortConnection()
 
@@ -188,9 +205,7 @@ class PodConnection(TwistedProtocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the pod."""
-        if self._tunnel is not None:
-            self._tunnel.tunnel_data(data)
-        elif self.handler is None:
+        if self.handler is None:
             # Nobody asked: whatever it is, the next request must not get it.
             self.transport.abortConnection()
         elif self._reader is not None:
@@ -231,6 +246,8 @@ class PodConnection(TwistedProtocol):
             if head.status == 101:
                 self.pool.stop_timeouts(self)
                 rest, self._buffer = self._buffer, b""
+                self._switched = True
+                self._reader = UntilCloseReader()
                 handler.pod_upgraded(head, rest)
                 return
             if head.status >= 200:
@@ -271,7 +288,8 @@ class PodConnection(TwistedProtocol):
             assert self._head is not None
             self._complete(handler, self._head, body, reader.rest, reader.trailers, first=False)
         else:
-            self.pool.idle_timeouts.start(self, self.pool.now())
+            if not self._switched:
+                self.pool.idle_timeouts.start(self, self.pool.now())
             if body:
                 handler.pod_data(body)
 

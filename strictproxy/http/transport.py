@@ -41,3 +41,15 @@ def write_now(transport: ITransport, data: bytes) -> None:
         if sent:
             data = data[sent:]
     transport.write(data)
+
+
+def end_output(transport: IStreamTransport) -> None:
+    """
+    End our side of a connection once everything has been sent; the other side may go on.
+
+    TLS as Twisted has it knows no such thing: there the connection is closed.
+    """
+    if isinstance(transport, Connection) and not transport.TLS:
+        transport.loseWriteConnection()
+    else:
+        transport.loseConnection()
