@@ -178,6 +178,14 @@ class PodTimeout(PodError):
     title = "The pod took too long"
 
 
+class ExchangeTimeout(ProxyError):
+    """The exchange, waiting included, took longer than its route allows."""
+
+    status = 504
+    reason = "timeout"
+    title = "The request took too long"
+
+
 # -- the client
 
 

@@ -20,31 +20,35 @@ from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
-from strictproxy.config.model import Match, OnDisconnect, RouteConfig
+from strictproxy.config.model import ClientConfig, Match, OnDisconnect, RouteConfig
 from strictproxy.errors import (
     BadResponse,
     ClientGone,
+    ExchangeTimeout,
     NoRoute,
     PodError,
     PodsExhausted,
     ProxyError,
     RouterFailed,
 )
+from strictproxy.forwarding import Forwarding, request_id
 from strictproxy.http.channel import ClientRequest
 from strictproxy.http.framing import encode_chunk, encode_last_chunk
-from strictproxy.http.heads import Field, RequestHead, ResponseHead, encode_fields
+from strictproxy.http.heads import Field, RequestHead, ResponseHead
+from strictproxy.http.peer import client_address
 from strictproxy.http.pod_connection import PodConnection
 from strictproxy.http.problems import reason_phrase
+from strictproxy.http.timeouts import Timeouts
 from strictproxy.interfaces import IRouter, RequestInfo
 from strictproxy.logs import AccessRecord
-from strictproxy.routing import RouteTable, rewrite
+from strictproxy.routing import RouteTable
 from strictproxy.scheduling import Address, Lease
 from strictproxy.upstream import Upstream
 
 _log = Logger()
 
-_FORWARDED = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"via"))
-_VIA = b"1.1 strictproxy"
+#: A request is given to so many pods at most, however many fail it.
+_MAX_TRIES = 5
 
 
 class ProxyResource(Resource):
@@ -64,8 +68,10 @@ class ProxyResource(Resource):
         routers: Sequence[tuple[str, IRouter]],
         clock: IReactorTime,
         log_access: Callable[[AccessRecord], None] | None,
+        client: ClientConfig | None = None,
     ) -> None:
         super().__init__()
+        client = client or ClientConfig()
         self.upstreams = upstreams
         self.routers = routers
         self.log_access = log_access
@@ -77,13 +83,41 @@ class ProxyResource(Resource):
         self._bare_routes = {
             name: RouteConfig(f"router:{name}", Match(), name) for name in upstreams
         }
+        self._forwarding = {
+            route.name: Forwarding(route, server_timing=client.server_timing)
+            for route in (*routes, *self._bare_routes.values())
+        }
+        #: exchanges of routes with a time-out for the whole of them, by route
+        self._timeouts = {
+            route.name: Timeouts[Exchange](route.timeout) for route in routes if route.timeout
+        }
 
     def render(self, request: ClientRequest) -> int:
         """Take a request; the answer comes when it comes."""
         Exchange(self, request).start()
         return NOT_DONE_YET
 
-    def choose(self, info: RequestInfo) -> tuple[RouteConfig, frozenset[Address] | None]:
+    def begin(self, exchange: Exchange, route: RouteConfig) -> None:
+        """Take note of an exchange whose route has been found."""
+        self.running.add(exchange)
+        timeouts = self._timeouts.get(route.name)
+        if timeouts is not None:
+            timeouts.start(exchange, self.now())
+
+    def ended(self, exchange: Exchange) -> None:
+        """Forget an exchange."""
+        self.running.discard(exchange)
+        if exchange.route is not None and exchange.route.name in self._timeouts:
+            self._timeouts[exchange.route.name].stop(exchange)
+
+    def sweep(self) -> None:
+        """End the exchanges that have taken too long; to be called now and then."""
+        now = self.now()
+        for name, timeouts in self._timeouts.items():
+            for exchange in timeouts.expire(now):
+                exchange.abandon(ExchangeTimeout(f"route {name} allows {timeouts.seconds:g} s"))
+
+    def choose(self, info: RequestInfo) -> tuple[Forwarding, frozenset[Address] | None]:
         """
         Find the route for a request, and the pods that it is confined to, if any.
 
@@ -104,11 +138,12 @@ class ProxyResource(Resource):
             if decision.upstream is not None:
                 if decision.upstream not in self._bare_routes:
                     raise RouterFailed(f"router {name} chose no upstream of the configuration")
-                return self._bare_routes[decision.upstream], pods
+                bare = self._bare_routes[decision.upstream]
+                return self._forwarding[bare.name], pods
         route = self._table.find(info)
         if route is None:
             raise NoRoute(info.method, info.path)
-        return route, pods
+        return self._forwarding[route.name], pods
 
 
 def request_info(head: RequestHead, client: str) -> RequestInfo:
@@ -128,12 +163,12 @@ class Exchange:
         "_connection",
         "_ended_half",
         "_finished",
+        "_forwarding",
         "_lease",
         "_proxy",
         "_replay",
         "_replayable",
         "_request",
-        "_route",
         "_started",
         "_tunnel",
         "_upstream",
@@ -142,7 +177,9 @@ class Exchange:
         "client_left",
         "error",
         "granted",
+        "identity",
         "in_flight",
+        "peer",
         "pod",
         "tries",
     )
@@ -150,10 +187,13 @@ class Exchange:
     def __init__(self, proxy: ProxyResource, request: ClientRequest) -> None:
         self._proxy = proxy
         self._request = request
-        assert request.channel is not None
-        self.client = request.channel.client
         self._started = proxy.now()
-        self._route: RouteConfig | None = None
+        channel = request.channel
+        assert channel is not None
+        self.peer = channel.peer
+        self.client = client_address(request.head, self.peer, channel.site.is_trusted)
+        self.identity = request_id(request.head)
+        self._forwarding: Forwarding | None = None
         self._upstream: Upstream | None = None
         self._waiting: Deferred[Lease] | None = None
         self._connecting: Deferred[PodConnection] | None = None
@@ -174,20 +214,26 @@ class Exchange:
         #: pods, or connections, that the request was given to
         self.tries = 0
 
+    @property
+    def route(self) -> RouteConfig | None:
+        """The route, once it has been found."""
+        return None if self._forwarding is None else self._forwarding.route
+
     # -- route
 
     def start(self) -> None:
         """Find the route, and ask for a lease."""
         request = self._request
         request.handler = self
-        self._proxy.running.add(self)
         try:
             info = request_info(request.head, self.client)
-            self._route, pods = self._proxy.choose(info)
-            if self._route.max_body is not None:
-                request.limit_body(self._route.max_body)
-            self._upstream = self._proxy.upstreams[self._route.upstream]
-            lease = self._upstream.acquire(self._route.name, pods, self)
+            self._forwarding, pods = self._proxy.choose(info)
+            route = self._forwarding.route
+            if route.max_body is not None:
+                request.limit_body(route.max_body)
+            self._proxy.begin(self, route)
+            self._upstream = self._proxy.upstreams[route.upstream]
+            lease = self._upstream.acquire(route.name, pods, self)
             if isinstance(lease, Lease):
                 self._leased(lease)
             else:
@@ -267,7 +313,9 @@ class Exchange:
         # On a second try, on a fresh connection, what was sent is sent again.
         body = b"".join(self._replay or ()) + request.open_body()
         head = request.head
-        out = self._request_head()
+        forwarding = self._forwarding
+        assert forwarding is not None
+        out = forwarding.request_head(head, self.peer, str(self.pod), self.identity)
         ended = request.body_ended
         if body:
             out.append(encode_chunk(body) if head.chunked else body)
@@ -276,40 +324,6 @@ class Exchange:
         if ended and head.chunked:
             out.append(encode_last_chunk(request.trailers))
         connection.begin(self, head.method, b"".join(out), ended)
-
-    def _request_head(self) -> list[bytes]:
-        head, route = self._request.head, self._route
-        assert route is not None
-        target = head.target
-        if route.replace_prefix is not None:
-            target = rewrite(route, target.decode("latin-1")).encode("latin-1")
-        out = [b"%b %b HTTP/1.1\r\n" % (head.method, target)]
-        out += encode_fields(head.fields, head.dropped | _FORWARDED)
-        forwarded_for = [value for name, _, value in head.fields if name == b"x-forwarded-for"]
-        via = [value for name, _, value in head.fields if name == b"via"]
-        out.append(
-            b"X-Forwarded-For: %b\r\nX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\nVia: %b\r\n"
-            % (
-                b", ".join([*forwarded_for, self.client.encode()]),
-                head.get(b"x-forwarded-proto") or self._scheme(),
-                head.get(b"x-forwarded-host") or head.host,
-                b", ".join([*via, _VIA]),
-            )
-        )
-        if not head.host and head.get(b"host") is None:
-            out.append(b"Host: %b\r\n" % str(self.pod).encode())
-        if head.chunked:
-            out.append(b"Transfer-Encoding: chunked\r\n")
-        if head.upgrade is not None and head.http_1_1:
-            out.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % head.upgrade)
-        elif head.wants_trailers:
-            out.append(b"TE: trailers\r\nConnection: TE\r\n")
-        out.append(b"\r\n")
-        return out
-
-    def _scheme(self) -> bytes:
-        channel = self._request.channel
-        return b"https" if channel is not None and channel.secure else b"http"
 
     def client_data(self, data: bytes) -> None:
         """Pass body bytes on to the pod."""
@@ -355,9 +369,8 @@ class Exchange:
         """Leave the line, or the pod, or let the pod finish: as the route says."""
         self.client_left = True
         self.error = self.error or ClientGone("the client closed its connection")
-        finish = self._route is not None and (
-            self._route.on_client_disconnect is OnDisconnect.FINISH
-        )
+        route = self.route
+        finish = route is not None and route.on_client_disconnect is OnDisconnect.FINISH
         if self._connection is None or self._tunnel or not self._request.body_ended:
             finish = False  # there is nothing that the pod could finish
         if finish and self._connection is not None:
@@ -369,8 +382,9 @@ class Exchange:
 
     def pod_interim(self, head: ResponseHead) -> None:
         """Pass a 1xx response on."""
-        lines = encode_fields(head.fields, head.dropped)
-        self._request.send_interim(head.status, _reason(head), lines)
+        if self._forwarding is not None:
+            lines = self._forwarding.interim_lines(head)
+            self._request.send_interim(head.status, _reason(head), lines)
 
     def pod_head(self, head: ResponseHead, data: bytes, ended: bool) -> None:
         """Pass the head on, with the first of the body."""
@@ -384,8 +398,7 @@ class Exchange:
             # A 413, say: the rest of the body will not be read by anybody, so
             # this is the last request on the client's connection.
             request.channel.keep_alive = False
-        lines = encode_fields(head.fields, head.dropped)
-        lines.append(b"Via: %b\r\n" % _VIA)
+        lines = self._response_lines(head)
         request.send_head(
             head.status,
             _reason(head),
@@ -397,6 +410,12 @@ class Exchange:
         )
         if ended:
             self._finish()
+
+    def _response_lines(self, head: ResponseHead) -> list[bytes]:
+        assert self._forwarding is not None
+        assert self.granted is not None
+        waited, pod_time = self.granted - self._started, self._proxy.now() - self.granted
+        return self._forwarding.response_lines(head, self.identity, waited, pod_time)
 
     def pod_data(self, data: bytes) -> None:
         """Pass body bytes on to the client."""
@@ -422,7 +441,7 @@ class Exchange:
             return
         self._replay = None
         self._tunnel = True
-        lines = encode_fields(head.fields, head.dropped)
+        lines = self._response_lines(head)
         lines.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % head.upgrade)
         request.switch(lines, data)
 
@@ -444,11 +463,21 @@ class Exchange:
     def pod_failed(self, error: PodError) -> None:
         """Try again if the pod certainly did not see the request, else answer with the error."""
         self._connection = None
-        lease, upstream = self._lease, self._upstream
-        if error.retry_elsewhere and self._replay is not None and lease and upstream:
+        lease, upstream, route = self._lease, self._upstream, self.route
+        if self._replay is not None and lease is not None and upstream is not None and route:
+            # What has come of the body is kept; the rest waits for the next try.
             self._request.pause()
-            self._connect(upstream, lease)
-            return
+            if error.retry_elsewhere:
+                self._connect(upstream, lease)
+                return
+            method = self._request.head.method.decode("latin-1")
+            if method in route.retry and self.tries < _MAX_TRIES and not self.client_left:
+                self._lease = None
+                try:
+                    self._wait(upstream.move(lease))
+                except PodsExhausted:
+                    self._fail(error)
+                return
         self._fail(error)
 
     def pod_full(self) -> None:
@@ -471,7 +500,7 @@ class Exchange:
             retry_after = self._upstream.scheduler.retry_after()
         # The slot first: the connection to the pod may still be in use.
         self._release()
-        self._request.fail(error, retry_after)
+        self._request.fail(error, retry_after, self.identity)
         self._finish()
 
     def _broken(self, failure: Failure) -> None:
@@ -504,7 +533,7 @@ class Exchange:
             return
         self._finished = True
         self._release()
-        self._proxy.running.discard(self)
+        self._proxy.ended(self)
         if self._proxy.log_access is not None:
             self._proxy.log_access(self._record())
 
@@ -517,7 +546,7 @@ class Exchange:
             method=head.method,
             target=head.target,
             host=head.host,
-            route=self._route.name if self._route is not None else None,
+            route=self.route.name if self.route is not None else None,
             upstream=self._upstream.name if self._upstream is not None else None,
             pod=self.pod,
             status=499 if self.client_left else self._request.status,

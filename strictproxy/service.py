@@ -103,6 +103,7 @@ class ProxyService(Service):
             make_routers(config, self.upstreams),
             self._reactor,
             log_access if config.log.access else None,
+            config.client,
         )
         self.site = StrictSite(self.proxy, config.client, self._reactor)
         self.admin = Site(make_admin(self.upstreams, lambda: self._closing), reactor=self._reactor)
@@ -235,6 +236,7 @@ class ProxyService(Service):
         return endpoint
 
     def _sweep(self) -> None:
+        self.proxy.sweep()
         for upstream in self.upstreams.values():
             upstream.pool.sweep()
 

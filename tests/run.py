@@ -19,7 +19,9 @@ PURE = (
     "strictproxy/routing.py",
     "strictproxy/discovery/stability.py",
     "strictproxy/http/framing.py",
+    "strictproxy/forwarding.py",
     "strictproxy/http/heads.py",
+    "strictproxy/http/peer.py",
     "strictproxy/http/problems.py",
     "strictproxy/http/timeouts.py",
 )

@@ -385,6 +385,31 @@ BROKEN: list[tuple[str, str, str]] = [
         "f:3:27: upstreams.u.limit: must be a whole number, not text",
     ),
     (
+        "header that frames",
+        routes("{path: /a, upstream: u, request_headers: {set: {Connection: x}}}"),
+        "f:5:52: routes[0].request_headers.set: Connection frames the message and cannot be changed",
+    ),
+    (
+        "header name with a space",
+        routes("{path: /a, upstream: u, request_headers: {remove: a b}}"),
+        "f:5:55: routes[0].request_headers.remove: 'a b' is not a header name",
+    ),
+    (
+        "header value with a line",
+        routes('{path: /a, upstream: u, response_headers: {add: {A: "b\\nC: d"}}}'),
+        "f:5:53: routes[0].response_headers.add: the value of A has characters that no header may have",
+    ),
+    (
+        "header edits a list",
+        routes("{path: /a, upstream: u, request_headers: {set: [a]}}"),
+        "f:5:52: routes[0].request_headers.set: must be a mapping, not a list",
+    ),
+    (
+        "bad network",
+        "client: {trusted_proxies: [10.0.0.1/8]}\n" + TOP + ROUTE,
+        "f:1:28: client.trusted_proxies[0]: not a network such as 10.0.0.0/8: 10.0.0.1/8 has host bits set",
+    ),
+    (
         "router without name",
         TOP + "routers: [{settings: {}}]\n",
         "f:4:11: routers[0]: 'name' is missing",

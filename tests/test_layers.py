@@ -12,7 +12,11 @@ PURE = [
     *sorted((PACKAGE / "scheduling").glob("*.py")),
     PACKAGE / "routing.py",
     PACKAGE / "discovery" / "stability.py",
-    *(PACKAGE / "http" / f"{name}.py" for name in ("framing", "heads", "problems", "timeouts")),
+    *(
+        PACKAGE / "http" / f"{name}.py"
+        for name in ("framing", "heads", "peer", "problems", "timeouts")
+    ),
+    PACKAGE / "forwarding.py",
 ]
 #: Waiting is a Deferred; nothing else of Twisted belongs in a pure layer.
 ALLOWED = {"twisted.internet.defer"}

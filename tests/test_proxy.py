@@ -33,6 +33,7 @@ class ForwardingTests(ProxyTestCase):
                 "Keep-Alive: 5",
                 "X-Forwarded-For: 192.0.2.1",
                 "Via: 1.0 other",
+                "X-Request-Id: abc",
                 method="POST",
                 body=b"hello",
             )
@@ -51,6 +52,7 @@ class ForwardingTests(ProxyTestCase):
                 "X-Forwarded-Proto: http",
                 "X-Forwarded-Host: example.com",
                 "Via: 1.0 other, 1.1 strictproxy",
+                "X-Request-Id: abc",
                 "",
                 "hello",
             ],
@@ -69,6 +71,7 @@ class ForwardingTests(ProxyTestCase):
                 "Set-Cookie: a=1",
                 "Set-Cookie: b=2",
                 "Via: 1.1 strictproxy",
+                "X-Request-Id: abc",
                 "Connection: close",
                 "",
                 "world",
@@ -144,7 +147,7 @@ class ForwardingTests(ProxyTestCase):
     async def test_http_1_0_client(self) -> None:
         """An HTTP/1.0 client gets no chunks and no interim responses; the end is the close."""
         self.start()
-        client = await self.client(b"GET / HTTP/1.0\r\n\r\n")
+        client = await self.client(b"GET / HTTP/1.0\r\nX-Request-Id: a\r\n\r\n")
         pod = await self.pods[0].connection()
         sent = await pod.has(b"\r\n\r\n")
         self.assertIn(f"Host: {self.pods[0].address}".encode(), sent)
@@ -152,7 +155,9 @@ class ForwardingTests(ProxyTestCase):
         pod.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
         answer = await client.end()
         self.assertEqual(
-            answer, b"HTTP/1.1 200 OK\r\nVia: 1.1 strictproxy\r\nConnection: close\r\n\r\nabc"
+            answer,
+            b"HTTP/1.1 200 OK\r\nVia: 1.1 strictproxy\r\nX-Request-Id: a\r\n"
+            b"Connection: close\r\n\r\nabc",
         )
 
     async def test_http_1_0_keep_alive(self) -> None:
@@ -168,11 +173,11 @@ class ForwardingTests(ProxyTestCase):
     async def test_head(self) -> None:
         """The answer to HEAD has no body whatever its length says; the connection stays in step."""
         self.start()
-        client = await self.client(request(method="HEAD"))
+        client = await self.client(request("/", "X-Request-Id: a", method="HEAD"))
         pod = await self.pods[0].connection()
         await pod.has(b"HEAD")
         pod.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-        await client.has(b"Content-Length: 1000\r\nVia: 1.1 strictproxy\r\n\r\n")
+        await client.has(b"Content-Length: 1000\r\nVia: 1.1 strictproxy\r\nX-Request-Id: a\r\n\r\n")
         client.send(request("/next"))
         await pod.has(b"/next")
         pod.send(response(b"next"))
@@ -341,7 +346,7 @@ class SlotTests(ProxyTestCase):
         self.start(queue=QueueConfig(size=0))
         await self.client(request("/a"))
         await (await self.pods[0].connection()).has(b"/a")
-        client = await self.client(request("/b"))
+        client = await self.client(request("/b", "X-Request-Id: b-1"))
         answer = await client.has(b"}\n")
         head, _, body = answer.partition(b"\r\n\r\n")
         self.assertTrue(head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n"))
@@ -359,6 +364,7 @@ class SlotTests(ProxyTestCase):
                 "status": 503,
                 "detail": "0 requests are waiting already",
                 "reason": "queue_full",
+                "instance": "urn:strictproxy:request:b-1",
             },
         )
         client.send(request("/c"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
 from strictproxy.scheduling import Address
@@ -81,6 +82,15 @@ class UpstreamConfig:
     connections: PodConnections = PodConnections()
 
 
+@dataclass(frozen=True)
+class HeaderEdits:
+    """Changes to a message's headers; `set` replaces whatever was there, `add` adds to it."""
+
+    set: tuple[tuple[str, str], ...] = ()
+    add: tuple[tuple[str, str], ...] = ()
+    remove: tuple[str, ...] = ()
+
+
 class OnDisconnect(Enum):
     """What happens to a request on a pod when its client goes away."""
 
@@ -118,6 +128,29 @@ class RouteConfig:
     replace_prefix: str | None = None
     on_client_disconnect: OnDisconnect = OnDisconnect.CANCEL
     max_body: int | None = None
+    request_headers: HeaderEdits = HeaderEdits()
+    response_headers: HeaderEdits = HeaderEdits()
+    #: methods whose requests may be sent to another pod after one failed them
+    retry: frozenset[str] = frozenset()
+    #: the whole exchange, waiting included
+    timeout: float | None = None
+
+
+#: Networks inside which addresses are private: those of a cluster, in practice.
+PRIVATE_NETWORKS = tuple(
+    ip_network(text)
+    for text in (
+        "127.0.0.0/8",
+        "10.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "100.64.0.0/10",
+        "169.254.0.0/16",
+        "::1/128",
+        "fc00::/7",
+        "fe80::/10",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +175,10 @@ class ClientConfig:
     max_body: int | None = 16 * 2**30
     #: read ahead of a body while its request waits for a slot
     read_ahead: int = 64 * 1024
+    #: proxies whose X-Forwarded-* and Forwarded are believed
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = PRIVATE_NETWORKS
+    #: tell clients how long their request waited and worked
+    server_timing: bool = False
 
 
 class LogFormat(Enum):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from strictproxy.config.model import (
     ClientConfig,
     Config,
     DnsSource,
+    HeaderEdits,
     LogConfig,
     LogFormat,
     Match,
@@ -212,6 +213,10 @@ def _route_config(part: Section) -> RouteConfig:
             "on_client_disconnect", reader.choice(OnDisconnect), OnDisconnect.CANCEL
         ),
         max_body=part.take("max_body", reader.size, None),
+        request_headers=part.take("request_headers", edits, HeaderEdits()),
+        response_headers=part.take("response_headers", edits, HeaderEdits()),
+        retry=frozenset(part.take("retry", reader.one_or_more(method), ())),
+        timeout=part.take("timeout", reader.duration, None),
     )
 
 
@@ -263,6 +268,10 @@ def _client(part: Section) -> ClientConfig:
         max_target=part.take("max_target", reader.size, default.max_target),
         max_body=part.take("max_body", reader.or_off(reader.size), default.max_body),
         read_ahead=part.take("read_ahead", reader.size, default.read_ahead),
+        trusted_proxies=part.take(
+            "trusted_proxies", reader.items(network), default.trusted_proxies
+        ),
+        server_timing=part.take("server_timing", reader.boolean, default.server_timing),
     )
 
 
@@ -309,6 +318,54 @@ def mapping(document: Document, node: yaml.Node, path: str) -> Mapping[str, Any]
     if not isinstance(node, yaml.MappingNode):
         raise Wrong(f"must be a mapping, not {reader.kind_of(node)}")
     return cast("Mapping[str, Any]", reader.anything(document, node, path))
+
+
+def _edits(part: Section) -> HeaderEdits:
+    return HeaderEdits(
+        set=part.take("set", header_values, ()),
+        add=part.take("add", header_values, ()),
+        remove=part.take("remove", reader.one_or_more(header_name), ()),
+    )
+
+
+edits: reader.Kind[HeaderEdits] = reader.section(_edits)
+
+#: Fields that say how a message is framed, which is not a route's to say.
+_FRAMING = frozenset(("connection", "content-length", "te", "transfer-encoding", "upgrade"))
+
+
+def header_name(document: Document, node: yaml.Node, path: str) -> str:
+    """The name of a header field (RFC 9110, 5.1) that is not about framing."""
+    written = reader.text(document, node, path)
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", written):
+        raise Wrong(f"{written!r} is not a header name")
+    if written.lower() in _FRAMING:
+        raise Wrong(f"{written} frames the message and cannot be changed")
+    return written
+
+
+def header_values(document: Document, node: yaml.Node, path: str) -> tuple[tuple[str, str], ...]:
+    """Header names with the value of each, as they will be sent."""
+    if not isinstance(node, yaml.MappingNode):
+        raise Wrong(f"must be a mapping, not {reader.kind_of(node)}")
+    part = Section(document, node, path)
+    pairs = []
+    for key, _ in node.value:
+        name = header_name(document, key, path)
+        value = part.take(name, reader.text, None)
+        if value is not None and not re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value):
+            raise Wrong(f"the value of {name} has characters that no header may have")
+        pairs.append((name, value or ""))
+    return tuple(pairs)
+
+
+def network(document: Document, node: yaml.Node, path: str) -> IPv4Network | IPv6Network:
+    """An address or a network, as in 10.0.0.0/8."""
+    written = reader.text(document, node, path)
+    try:
+        return ip_network(written)
+    except ValueError as error:
+        raise Wrong(f"not a network such as 10.0.0.0/8: {error}") from None
 
 
 def named_headers(document: Document, node: yaml.Node, path: str) -> tuple[tuple[str, str], ...]:

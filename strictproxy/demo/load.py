@@ -13,7 +13,6 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.web.client import Agent, readBody
 
-
 #: Seconds between two requests of a burst.
 _APART = 0.005
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
+from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, ISSLTransport
 from twisted.internet.protocol import Protocol as TwistedProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -38,6 +38,7 @@ from strictproxy.http.heads import (
     check_partial_request,
     parse_request_head,
 )
+from strictproxy.http.peer import Peer
 from strictproxy.http.problems import problem_body, problem_fields, reason_phrase
 from strictproxy.http.transport import IStreamTransport, end_output, write_now
 
@@ -249,7 +250,9 @@ class ClientRequest:
             channel.write(data)
         self._finish()
 
-    def fail(self, error: ProxyError, retry_after: float | None = None) -> None:
+    def fail(
+        self, error: ProxyError, retry_after: float | None = None, identity: bytes = b""
+    ) -> None:
         """Answer with a problem document or, if the answer has begun, cut it off visibly."""
         if self.channel is None:
             return
@@ -258,7 +261,7 @@ class ClientRequest:
             return
         if not self.body_ended:
             self.channel.keep_alive = False
-        body = problem_body(error)
+        body = problem_body(error, identity.decode())
         self.send_head(
             error.status,
             reason_phrase(error.status),
@@ -317,12 +320,10 @@ class ServerChannel(TwistedProtocol):
 
     transport: IStreamTransport
 
-    def __init__(self, site: StrictSite, client: str) -> None:
+    def __init__(self, site: StrictSite) -> None:
         self.site = site
-        #: IP address of the client
-        self.client = client
-        self.secure = False
         self.keep_alive = True
+        self._peer: Peer | None = None
         self._buffer = b""
         self._request: ClientRequest | None = None
         self._reader: BodyReader | None = None
@@ -332,6 +333,15 @@ class ServerChannel(TwistedProtocol):
         self._paused = False
         self._lingering = False
         self._lost = False
+
+    @property
+    def peer(self) -> Peer:
+        """Who is at the other end; not known before the first bytes behind a PROXY protocol."""
+        if self._peer is None:
+            address = getattr(self.transport.getPeer(), "host", "")
+            secure = ISSLTransport.providedBy(self.transport)
+            self._peer = Peer(address, self.site.is_trusted(address), secure)
+        return self._peer
 
     # -- the connection
 

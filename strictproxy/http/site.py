@@ -22,6 +22,7 @@ from strictproxy.errors import ProxyError
 from strictproxy.http.channel import ServerChannel
 from strictproxy.http.hangups import Hangups
 from strictproxy.http.heads import HeadLimits
+from strictproxy.http.peer import trusts
 from strictproxy.http.timeouts import Timeouts
 
 _log = Logger()
@@ -54,6 +55,7 @@ class StrictSite(Site):
         """Apply limits and time-outs; those that run already keep what they began with."""
         self.limits = HeadLimits(config.max_header_bytes, config.max_headers, config.max_target)
         self.max_body = config.max_body
+        self.is_trusted = trusts(config.trusted_proxies)
         self.read_ahead = config.read_ahead
         self.max_channels = config.connections
         self.header_timeouts: Timeouts[ServerChannel] = Timeouts(config.header_timeout)
@@ -94,7 +96,7 @@ class StrictSite(Site):
         if len(self.channels) >= self.max_channels:
             _log.warn("connection refused: {count} are open", count=len(self.channels))
             return None
-        channel = ServerChannel(self, getattr(addr, "host", ""))
+        channel = ServerChannel(self)
         channel.factory = self
         return channel
 
@@ -107,7 +109,7 @@ class StrictSite(Site):
 
     def refused(self, channel: ServerChannel, error: ProxyError) -> None:
         """Log bytes that were no request."""
-        _log.info("{client}: {error.reason}: {error}", client=channel.client, error=error)
+        _log.info("{client}: {error.reason}: {error}", client=channel.peer.address, error=error)
 
     def _all_timeouts(self) -> tuple[Timeouts[ServerChannel], ...]:
         return (
