@@ -324,6 +324,12 @@ class Exchange:
         if ended and head.chunked:
             out.append(encode_last_chunk(request.trailers))
         connection.begin(self, head.method, b"".join(out), ended)
+        self._splice_request()
+
+    def _splice_request(self) -> None:
+        # While what was sent could still be sent again, it has to be kept.
+        if self._replay is None and self._connection is not None:
+            self._request.splice_to(self._connection.transport)
 
     def client_data(self, data: bytes) -> None:
         """Pass body bytes on to the pod."""
@@ -337,6 +343,8 @@ class Exchange:
             self._replay = None
         framed = self._request.head.chunked and not self._tunnel
         connection.send(encode_chunk(data) if framed else data)
+        if self._replay is None and not framed and not self._tunnel:
+            self._splice_request()
 
     def _read_ahead(self) -> int:
         channel = self._request.channel
@@ -410,6 +418,17 @@ class Exchange:
         )
         if ended:
             self._finish()
+        else:
+            self._splice_response()
+
+    def _splice_response(self) -> None:
+        """Take large bodies out of Python's hands, where that is possible."""
+        dest = self._request.transport
+        if dest is not None and self._connection is not None:
+            self._connection.splice_to(dest, self._count)
+
+    def _count(self, sent: int) -> None:
+        self._request.bytes_sent += sent
 
     def _response_lines(self, head: ResponseHead) -> list[bytes]:
         assert self._forwarding is not None
@@ -420,6 +439,8 @@ class Exchange:
     def pod_data(self, data: bytes) -> None:
         """Pass body bytes on to the client."""
         self._request.send(data)
+        if not self._tunnel:
+            self._splice_response()
 
     def pod_end(self, data: bytes, trailers: list[Field]) -> None:
         """Pass the last of the body on; whoever waits for the slot has it before that."""

@@ -9,10 +9,16 @@ client is paused; after that the bytes flow as they arrive.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
-from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, ISSLTransport
+from twisted.internet.interfaces import (
+    IHalfCloseableProtocol,
+    IPushProducer,
+    ISSLTransport,
+    ITransport,
+)
 from twisted.internet.protocol import Protocol as TwistedProtocol
+from twisted.internet.tcp import Connection
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -24,6 +30,7 @@ from strictproxy.errors import (
     ProxyError,
     TargetTooLong,
 )
+from strictproxy.http import splice
 from strictproxy.http.framing import (
     BodyReader,
     ChunkedReader,
@@ -144,6 +151,16 @@ class ClientRequest:
         self._ahead_size = 0
         self.resume()
         return data
+
+    @property
+    def transport(self) -> IStreamTransport | None:
+        """The client's connection, while it is there."""
+        return None if self.channel is None else self.channel.transport
+
+    def splice_to(self, dest: ITransport) -> None:
+        """Let the kernel move the rest of the body to `dest`, if it can; its end comes as ever."""
+        if self.channel is not None:
+            self.channel.splice_to(dest)
 
     def pause(self) -> None:
         """Stop reading from the client."""
@@ -332,6 +349,7 @@ class ServerChannel(TwistedProtocol):
         self._parsing = False
         self._paused = False
         self._lingering = False
+        self._splice: splice.Splice | None = None
         self._lost = False
 
     @property
@@ -355,6 +373,7 @@ class ServerChannel(TwistedProtocol):
     def connectionLost(self, reason: Failure | None = None) -> None:
         """Tell the handler that its client is gone."""
         self._lost = True
+        self._stop_splice()
         self.site.forget(self)
         self._buffer = b""
         self._reader = None
@@ -424,6 +443,36 @@ class ServerChannel(TwistedProtocol):
             self.site.hangups.unwatch(self)
             self.expect_body()
             self.transport.resumeProducing()
+
+    def splice_to(self, dest: ITransport) -> None:
+        """See `ClientRequest.splice_to`."""
+        reader = self._reader
+        if (
+            splice.SUPPORTED
+            and isinstance(reader, LengthReader)
+            and reader.remaining > splice.THRESHOLD
+            and splice.is_plain(dest)
+            and isinstance(self.transport, Connection)
+            and not self.transport.TLS
+        ):
+
+            def note(count: int) -> None:
+                reader.remaining -= count
+                self.expect_body()
+
+            def held(waits: bool) -> None:
+                if waits:
+                    self.site.body_timeouts.stop(self)
+                elif not self._lost:
+                    self.expect_body()
+
+            to = cast(Connection, dest)
+            self._splice = splice.Splice(self.transport, to, reader.remaining - 1, note, held)
+
+    def _stop_splice(self) -> None:
+        if self._splice is not None:
+            self._splice.stop()
+            self._splice = None
 
     def dataReceived(self, data: bytes) -> None:
         """Take bytes from the client."""
@@ -546,6 +595,7 @@ class ServerChannel(TwistedProtocol):
     def request_done(self, request: ClientRequest) -> None:
         """Go on to the next request, or close."""
         self._request = None
+        self._stop_splice()
         if self._reader is not None:
             # The answer came before the body did. RFC 9112, 9.6: to close at
             # once could make the kernel drop the answer, so read on for a while.

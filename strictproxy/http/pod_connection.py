@@ -4,10 +4,12 @@ The pod's side: one connection, one exchange at a time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, cast
 
-from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
+from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, ITransport
 from twisted.internet.protocol import Protocol as TwistedProtocol
+from twisted.internet.tcp import Connection
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -19,6 +21,7 @@ from strictproxy.errors import (
     PodTimeout,
     StaleConnection,
 )
+from strictproxy.http import splice
 from strictproxy.http.framing import BodyReader, ChunkedReader, LengthReader, UntilCloseReader
 from strictproxy.http.heads import END_OF_HEAD, Field, ResponseHead, parse_response_head
 from strictproxy.http.transport import IStreamTransport, end_output, write_now
@@ -94,6 +97,7 @@ class PodConnection(TwistedProtocol):
         self._head: ResponseHead | None = None
         self._reader: BodyReader | None = None
         self._switched = False
+        self._splice: splice.Splice | None = None
         self._request_ended = False
         self._answered = False
 
@@ -137,9 +141,46 @@ class PodConnection(TwistedProtocol):
                 self.pool.idle_timeouts.start(self, self.pool.now())
             self.transport.resumeProducing()
 
+    def splice_to(self, dest: ITransport, moved: Callable[[int], None]) -> None:
+        """
+        Let the kernel move the rest of the response's body to `dest`, if it can.
+
+        `moved` is told of every piece. All that reaches the handler of the
+        body is its end.
+        """
+        reader = self._reader
+        if (
+            splice.SUPPORTED
+            and isinstance(reader, LengthReader)
+            and reader.remaining > splice.THRESHOLD
+            and splice.is_plain(dest)
+            and splice.is_plain(self.transport)
+        ):
+
+            def note(count: int) -> None:
+                reader.remaining -= count
+                self.pool.idle_timeouts.start(self, self.pool.now())
+                moved(count)
+
+            def held(waits: bool) -> None:
+                if waits:
+                    self.pool.idle_timeouts.stop(self)
+                elif not self.lost:
+                    self.pool.idle_timeouts.start(self, self.pool.now())
+
+            source = cast(Connection, self.transport)
+            to = cast(Connection, dest)
+            self._splice = splice.Splice(source, to, reader.remaining - 1, note, held)
+
+    def _stop_splice(self) -> None:
+        if self._splice is not None:
+            self._splice.stop()
+            self._splice = None
+
     def abort(self) -> None:
         """Close; the handler is not called any more."""
         self.handler = None
+        self._stop_splice()
         if not self.lost:
             self.transport.abortConnection()
 
@@ -191,6 +232,7 @@ class PodConnection(TwistedProtocol):
     def connectionLost(self, reason: Failure | None = None) -> None:
         """End the exchange, well or badly."""
         self.lost = True
+        self._stop_splice()
         self.pool.forget(self)
         reader, self._reader = self._reader, None
         handler, self.handler = self.handler, None
