@@ -114,6 +114,14 @@ class NoPods(ProxyError):
         super().__init__("discovery knows no pod for this upstream")
 
 
+class SpoolFailed(ProxyError):
+    """A body that was to be received whole could not be kept."""
+
+    status = 507
+    reason = "spool_failed"
+    title = "The request's body could not be stored"
+
+
 class ShuttingDown(ProxyError):
     """The proxy is stopping and takes nothing new."""
 

@@ -1,54 +1,38 @@
 """
-The story of one exchange: route, lease, forward, release.
+The resource that the traffic listeners' site renders.
 
-`ProxyResource` is what the site renders; each request becomes an `Exchange`,
-which reads top to bottom in the order in which things happen. It uses plain
-calls, and a Deferred only where something has to be waited for.
-
-An exchange ends in `_finish`, once, whatever happens; that is where its lease
-is released and its line logged.
+Owns what exchanges share: the route table, the custom routers, prepared heads
+and the time-outs of whole exchanges. What happens to a single request is told
+in `strictproxy.exchange`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
-from strictproxy.config.model import ClientConfig, Match, OnDisconnect, RouteConfig
+from strictproxy.config.model import ClientConfig, Match, RouteConfig
 from strictproxy.errors import (
-    BadResponse,
-    ClientGone,
     ExchangeTimeout,
     NoRoute,
-    PodError,
-    PodsExhausted,
-    ProxyError,
     RouterFailed,
 )
-from strictproxy.forwarding import Forwarding, request_id
+from strictproxy.exchange import Exchange
+from strictproxy.forwarding import Forwarding
 from strictproxy.http.channel import ClientRequest
-from strictproxy.http.framing import encode_chunk, encode_last_chunk
-from strictproxy.http.heads import Field, RequestHead, ResponseHead
-from strictproxy.http.peer import client_address
-from strictproxy.http.pod_connection import PodConnection
-from strictproxy.http.problems import reason_phrase
+from strictproxy.http.spool import Spool
 from strictproxy.http.timeouts import Timeouts
 from strictproxy.interfaces import IRouter, RequestInfo
 from strictproxy.logs import AccessRecord
 from strictproxy.routing import RouteTable
-from strictproxy.scheduling import Address, Lease
+from strictproxy.scheduling import Address
 from strictproxy.upstream import Upstream
 
 _log = Logger()
-
-#: A request is given to so many pods at most, however many fail it.
-_MAX_TRIES = 5
 
 
 class ProxyResource(Resource):
@@ -71,7 +55,7 @@ class ProxyResource(Resource):
         client: ClientConfig | None = None,
     ) -> None:
         super().__init__()
-        client = client or ClientConfig()
+        self._client = client = client or ClientConfig()
         self.upstreams = upstreams
         self.routers = routers
         self.log_access = log_access
@@ -96,6 +80,11 @@ class ProxyResource(Resource):
         """Take a request; the answer comes when it comes."""
         Exchange(self, request).start()
         return NOT_DONE_YET
+
+    def make_spool(self, request: ClientRequest) -> Spool:
+        """Return what receives a whole body."""
+        client = self._client
+        return Spool(client.spool_memory, client.spool_directory, request.pause, request.resume)
 
     def begin(self, exchange: Exchange, route: RouteConfig) -> None:
         """Take note of an exchange whose route has been found."""
@@ -144,446 +133,3 @@ class ProxyResource(Resource):
         if route is None:
             raise NoRoute(info.method, info.path)
         return self._forwarding[route.name], pods
-
-
-def request_info(head: RequestHead, client: str) -> RequestInfo:
-    """Return what routing may see of a request."""
-    host = head.host.decode("latin-1").lower()
-    host = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-    path = head.target.partition(b"?")[0].decode("latin-1")
-    fields = ((name.decode("latin-1"), value.decode("latin-1")) for name, _, value in head.fields)
-    return RequestInfo(head.method.decode("latin-1"), path, host, fields, client)
-
-
-class Exchange:
-    """One request and its response passing through."""
-
-    __slots__ = (
-        "_connecting",
-        "_connection",
-        "_ended_half",
-        "_finished",
-        "_forwarding",
-        "_lease",
-        "_proxy",
-        "_replay",
-        "_replayable",
-        "_request",
-        "_started",
-        "_tunnel",
-        "_upstream",
-        "_waiting",
-        "client",
-        "client_left",
-        "error",
-        "granted",
-        "identity",
-        "in_flight",
-        "peer",
-        "pod",
-        "tries",
-    )
-
-    def __init__(self, proxy: ProxyResource, request: ClientRequest) -> None:
-        self._proxy = proxy
-        self._request = request
-        self._started = proxy.now()
-        channel = request.channel
-        assert channel is not None
-        self.peer = channel.peer
-        self.client = client_address(request.head, self.peer, channel.site.is_trusted)
-        self.identity = request_id(request.head)
-        self._forwarding: Forwarding | None = None
-        self._upstream: Upstream | None = None
-        self._waiting: Deferred[Lease] | None = None
-        self._connecting: Deferred[PodConnection] | None = None
-        self._connection: PodConnection | None = None
-        self._lease: Lease | None = None
-        #: the body as sent to the pod so far, while it could be sent again
-        self._replay: list[bytes] | None = []
-        self._replayable = 0
-        #: an upgrade has taken place; which side has closed its half
-        self._tunnel = False
-        self._ended_half: str | None = None
-        self._finished = False
-        self.client_left = False
-        self.error: ProxyError | None = None
-        self.granted: float | None = None
-        self.in_flight = 0
-        self.pod: Address | None = None
-        #: pods, or connections, that the request was given to
-        self.tries = 0
-
-    @property
-    def route(self) -> RouteConfig | None:
-        """The route, once it has been found."""
-        return None if self._forwarding is None else self._forwarding.route
-
-    # -- route
-
-    def start(self) -> None:
-        """Find the route, and ask for a lease."""
-        request = self._request
-        request.handler = self
-        try:
-            info = request_info(request.head, self.client)
-            self._forwarding, pods = self._proxy.choose(info)
-            route = self._forwarding.route
-            if route.max_body is not None:
-                request.limit_body(route.max_body)
-            self._proxy.begin(self, route)
-            self._upstream = self._proxy.upstreams[route.upstream]
-            lease = self._upstream.acquire(route.name, pods, self)
-            if isinstance(lease, Lease):
-                self._leased(lease)
-            else:
-                self._wait(lease)
-        except ProxyError as error:
-            self._fail(error)
-        except Exception:
-            self._broken(Failure())
-
-    # -- lease
-
-    def _wait(self, lease: Deferred[Lease]) -> None:
-        self._waiting = lease
-        lease.addCallbacks(self._leased, self._not_leased)
-        lease.addErrback(self._broken)
-
-    def _not_leased(self, failure: Failure) -> None:
-        self._waiting = None
-        if failure.check(CancelledError):
-            return
-        error = failure.value
-        self._fail(error if isinstance(error, ProxyError) else _unexpected(failure))
-
-    def _leased(self, lease: Lease) -> None:
-        """Use the slot: take an idle connection to its pod, or open one."""
-        self._waiting = None
-        self._lease = lease
-        self.granted = lease.granted
-        self.in_flight = lease.in_flight
-        self.pod = lease.address
-        upstream = self._upstream
-        assert upstream is not None
-        connection = upstream.pool.take(lease.address)
-        if connection is not None:
-            self._forward(connection)
-        else:
-            self._connect(upstream, lease)
-
-    def _connect(self, upstream: Upstream, lease: Lease) -> None:
-        connecting = self._connecting = upstream.pool.connect(lease.address)
-        connecting.addCallbacks(self._connected, self._not_connected)
-        connecting.addErrback(self._broken)
-
-    def _connected(self, connection: PodConnection) -> None:
-        self._connecting = None
-        if self._finished:
-            connection.abort()
-        else:
-            self._forward(connection)
-
-    def _not_connected(self, failure: Failure) -> None:
-        """Move to another pod: this one has not seen the request."""
-        self._connecting = None
-        lease, upstream = self._lease, self._upstream
-        if self._finished or lease is None or upstream is None:
-            return
-        self.tries += 1
-        _log.info(
-            "{upstream}: {pod} refused a connection: {reason}",
-            upstream=upstream.name,
-            pod=lease.address,
-            reason=failure.getErrorMessage(),
-        )
-        self._lease = None
-        try:
-            self._wait(upstream.move(lease))
-        except PodsExhausted as error:
-            self._fail(error)
-
-    # -- forward: the request
-
-    def _forward(self, connection: PodConnection) -> None:
-        """Send the head, and what has been read of the body, to the pod."""
-        request = self._request
-        self.tries += 1
-        self._connection = connection
-        # On a second try, on a fresh connection, what was sent is sent again.
-        body = b"".join(self._replay or ()) + request.open_body()
-        head = request.head
-        forwarding = self._forwarding
-        assert forwarding is not None
-        out = forwarding.request_head(head, self.peer, str(self.pod), self.identity)
-        ended = request.body_ended
-        if body:
-            out.append(encode_chunk(body) if head.chunked else body)
-            if self._replay is not None:
-                self._replay, self._replayable = [body], len(body)
-        if ended and head.chunked:
-            out.append(encode_last_chunk(request.trailers))
-        connection.begin(self, head.method, b"".join(out), ended)
-        self._splice_request()
-
-    def _splice_request(self) -> None:
-        # While what was sent could still be sent again, it has to be kept.
-        if self._replay is None and self._connection is not None:
-            self._request.splice_to(self._connection.transport)
-
-    def client_data(self, data: bytes) -> None:
-        """Pass body bytes on to the pod."""
-        connection = self._connection
-        if self._replay is not None:
-            self._replay.append(data)
-            self._replayable += len(data)
-        if connection is None:
-            return  # between two tries; the next one begins with what is kept
-        if self._replayable > self._read_ahead():
-            self._replay = None
-        framed = self._request.head.chunked and not self._tunnel
-        connection.send(encode_chunk(data) if framed else data)
-        if self._replay is None and not framed and not self._tunnel:
-            self._splice_request()
-
-    def _read_ahead(self) -> int:
-        channel = self._request.channel
-        return 0 if channel is None else channel.site.read_ahead
-
-    def client_end(self, trailers: list[Field]) -> None:
-        """Pass the end of the body on to the pod."""
-        if self._tunnel:
-            if self._connection is not None:
-                self._half_closed("client", self._connection.end_output)
-        elif self._connection is not None:
-            chunked = self._request.head.chunked
-            self._connection.end_request(encode_last_chunk(trailers) if chunked else b"")
-
-    def client_failed(self, error: ProxyError) -> None:
-        """Give up: the body is broken, too large or not coming."""
-        self._fail(error)
-
-    def client_full(self) -> None:
-        """Let the pod wait for the client."""
-        if self._connection is not None:
-            self._connection.pause()
-
-    def client_drained(self) -> None:
-        """Let the pod go on."""
-        if self._connection is not None:
-            self._connection.resume()
-
-    def client_gone(self) -> None:
-        """Leave the line, or the pod, or let the pod finish: as the route says."""
-        self.client_left = True
-        self.error = self.error or ClientGone("the client closed its connection")
-        route = self.route
-        finish = route is not None and route.on_client_disconnect is OnDisconnect.FINISH
-        if self._connection is None or self._tunnel or not self._request.body_ended:
-            finish = False  # there is nothing that the pod could finish
-        if finish and self._connection is not None:
-            self._connection.resume()
-            return
-        self._finish()
-
-    # -- forward: the response
-
-    def pod_interim(self, head: ResponseHead) -> None:
-        """Pass a 1xx response on."""
-        if self._forwarding is not None:
-            lines = self._forwarding.interim_lines(head)
-            self._request.send_interim(head.status, _reason(head), lines)
-
-    def pod_head(self, head: ResponseHead, data: bytes, ended: bool) -> None:
-        """Pass the head on, with the first of the body."""
-        self._replay = None
-        if ended:
-            self._connection = None
-            self._release_lease()
-        request = self._request
-        early = not request.body_ended and (ended or head.status >= 400)
-        if early and request.channel is not None:
-            # A 413, say: the rest of the body will not be read by anybody, so
-            # this is the last request on the client's connection.
-            request.channel.keep_alive = False
-        lines = self._response_lines(head)
-        request.send_head(
-            head.status,
-            _reason(head),
-            lines,
-            has_body=head.has_body(request.head.method),
-            framed=head.content_length is not None,
-            data=data,
-            ended=ended,
-        )
-        if ended:
-            self._finish()
-        else:
-            self._splice_response()
-
-    def _splice_response(self) -> None:
-        """Take large bodies out of Python's hands, where that is possible."""
-        dest = self._request.transport
-        if dest is not None and self._connection is not None:
-            self._connection.splice_to(dest, self._count)
-
-    def _count(self, sent: int) -> None:
-        self._request.bytes_sent += sent
-
-    def _response_lines(self, head: ResponseHead) -> list[bytes]:
-        assert self._forwarding is not None
-        assert self.granted is not None
-        waited, pod_time = self.granted - self._started, self._proxy.now() - self.granted
-        return self._forwarding.response_lines(head, self.identity, waited, pod_time)
-
-    def pod_data(self, data: bytes) -> None:
-        """Pass body bytes on to the client."""
-        self._request.send(data)
-        if not self._tunnel:
-            self._splice_response()
-
-    def pod_end(self, data: bytes, trailers: list[Field]) -> None:
-        """Pass the last of the body on; whoever waits for the slot has it before that."""
-        self._connection = None
-        self._release_lease()
-        if self._tunnel:
-            self._request.close()
-        else:
-            self._request.end(data, trailers)
-        self._finish()
-
-    def pod_upgraded(self, head: ResponseHead, data: bytes) -> None:
-        """Carry bytes both ways from now on, if that is what the client asked for."""
-        request, connection = self._request, self._connection
-        if head.upgrade is None or request.head.upgrade is None or not request.body_ended:
-            if connection is not None:
-                connection.abort()
-            self.pod_failed(BadResponse("the pod upgraded a request that did not ask for it"))
-            return
-        self._replay = None
-        self._tunnel = True
-        lines = self._response_lines(head)
-        lines.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % head.upgrade)
-        request.switch(lines, data)
-
-    def pod_half_closed(self) -> None:
-        """Pass the pod's half-close on; with both halves closed the exchange is over."""
-        self._half_closed("pod", self._request.end_output)
-
-    def _half_closed(self, side: str, pass_on: Callable[[], None]) -> None:
-        if self._ended_half in (None, side):
-            self._ended_half = side
-            pass_on()
-            return
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-        self._request.close()
-        self._finish()
-
-    def pod_failed(self, error: PodError) -> None:
-        """Try again if the pod certainly did not see the request, else answer with the error."""
-        self._connection = None
-        lease, upstream, route = self._lease, self._upstream, self.route
-        if self._replay is not None and lease is not None and upstream is not None and route:
-            # What has come of the body is kept; the rest waits for the next try.
-            self._request.pause()
-            if error.retry_elsewhere:
-                self._connect(upstream, lease)
-                return
-            method = self._request.head.method.decode("latin-1")
-            if method in route.retry and self.tries < _MAX_TRIES and not self.client_left:
-                self._lease = None
-                try:
-                    self._wait(upstream.move(lease))
-                except PodsExhausted:
-                    self._fail(error)
-                return
-        self._fail(error)
-
-    def pod_full(self) -> None:
-        """Let the client wait for the pod."""
-        self._request.pause()
-
-    def pod_drained(self) -> None:
-        """Let the client go on."""
-        self._request.resume()
-
-    # -- release
-
-    def _fail(self, error: ProxyError) -> None:
-        """Answer with an error, unless an answer has begun."""
-        if self._finished:
-            return
-        self.error = self.error or error
-        retry_after = None
-        if error.status == 503 and self._upstream is not None:
-            retry_after = self._upstream.scheduler.retry_after()
-        # The slot first: the connection to the pod may still be in use.
-        self._release()
-        self._request.fail(error, retry_after, self.identity)
-        self._finish()
-
-    def _broken(self, failure: Failure) -> None:
-        self._fail(_unexpected(failure))
-
-    def abandon(self, error: ProxyError) -> None:
-        """End the exchange from outside, as when the proxy stops."""
-        self._fail(error)
-
-    def _release(self) -> None:
-        """Hand back whatever is held or waited for."""
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            waiting.cancel()
-        connecting, self._connecting = self._connecting, None
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.abort()
-        self._release_lease()
-        if connecting is not None:
-            connecting.cancel()
-
-    def _release_lease(self) -> None:
-        lease, self._lease = self._lease, None
-        if lease is not None and self._upstream is not None:
-            self._upstream.release(lease)
-
-    def _finish(self) -> None:
-        if self._finished:
-            return
-        self._finished = True
-        self._release()
-        self._proxy.ended(self)
-        if self._proxy.log_access is not None:
-            self._proxy.log_access(self._record())
-
-    def _record(self) -> AccessRecord:
-        now = self._proxy.now()
-        granted = self.granted
-        head = self._request.head
-        return AccessRecord(
-            client=self.client,
-            method=head.method,
-            target=head.target,
-            host=head.host,
-            route=self.route.name if self.route is not None else None,
-            upstream=self._upstream.name if self._upstream is not None else None,
-            pod=self.pod,
-            status=499 if self.client_left else self._request.status,
-            reason=self.error.reason if self.error is not None else None,
-            sent=self._request.bytes_sent,
-            waited=(now if granted is None else granted) - self._started,
-            pod_time=None if granted is None else now - granted,
-            in_flight=self.in_flight,
-            tries=self.tries,
-        )
-
-
-def _reason(head: ResponseHead) -> bytes:
-    return head.reason or reason_phrase(head.status)
-
-
-def _unexpected(failure: Failure) -> ProxyError:
-    _log.failure("an exchange failed", failure=failure)
-    return ProxyError("the proxy failed; its log has more")

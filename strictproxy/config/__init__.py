@@ -5,6 +5,7 @@ Pure but for reading the file: nothing here opens a socket or starts anything.
 """
 
 from strictproxy.config.model import (
+    Body,
     ClientConfig,
     Config,
     DnsSource,
@@ -23,6 +24,7 @@ from strictproxy.config.model import (
 from strictproxy.config.schema import InvalidConfig, load, parse
 
 __all__ = [
+    "Body",
     "ClientConfig",
     "Config",
     "DnsSource",

@@ -91,6 +91,15 @@ class HeaderEdits:
     remove: tuple[str, ...] = ()
 
 
+class Body(Enum):
+    """How a request's body gets to the pod."""
+
+    #: as it comes, once there is a slot
+    STREAM = "stream"
+    #: received whole before the request asks for a slot
+    SPOOL = "spool"
+
+
 class OnDisconnect(Enum):
     """What happens to a request on a pod when its client goes away."""
 
@@ -128,6 +137,7 @@ class RouteConfig:
     replace_prefix: str | None = None
     on_client_disconnect: OnDisconnect = OnDisconnect.CANCEL
     max_body: int | None = None
+    body: Body = Body.STREAM
     request_headers: HeaderEdits = HeaderEdits()
     response_headers: HeaderEdits = HeaderEdits()
     #: methods whose requests may be sent to another pod after one failed them
@@ -175,6 +185,10 @@ class ClientConfig:
     max_body: int | None = 16 * 2**30
     #: read ahead of a body while its request waits for a slot
     read_ahead: int = 64 * 1024
+    #: bytes of a spooled body that stay in memory
+    spool_memory: int = 1024 * 1024
+    #: for the rest of it; None is the system's temporary directory
+    spool_directory: str | None = None
     #: proxies whose X-Forwarded-* and Forwarded are believed
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = PRIVATE_NETWORKS
     #: tell clients how long their request waited and worked

@@ -20,6 +20,7 @@ from twisted.internet.interfaces import IReactorCore
 
 from strictproxy.config import reader
 from strictproxy.config.model import (
+    Body,
     ClientConfig,
     Config,
     DnsSource,
@@ -213,6 +214,7 @@ def _route_config(part: Section) -> RouteConfig:
             "on_client_disconnect", reader.choice(OnDisconnect), OnDisconnect.CANCEL
         ),
         max_body=part.take("max_body", reader.size, None),
+        body=part.take("body", reader.choice(Body), Body.STREAM),
         request_headers=part.take("request_headers", edits, HeaderEdits()),
         response_headers=part.take("response_headers", edits, HeaderEdits()),
         retry=frozenset(part.take("retry", reader.one_or_more(method), ())),
@@ -268,6 +270,8 @@ def _client(part: Section) -> ClientConfig:
         max_target=part.take("max_target", reader.size, default.max_target),
         max_body=part.take("max_body", reader.or_off(reader.size), default.max_body),
         read_ahead=part.take("read_ahead", reader.size, default.read_ahead),
+        spool_memory=part.take("spool_memory", reader.size, default.spool_memory),
+        spool_directory=part.take("spool_directory", reader.text, default.spool_directory),
         trusted_proxies=part.take(
             "trusted_proxies", reader.items(network), default.trusted_proxies
         ),
