@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
-from contextlib import suppress
 from pathlib import Path
 
 from twisted.internet.task import deferLater
@@ -147,7 +147,7 @@ def unnamed_files() -> list[str]:
     """Return the files that are open here and have no name."""
     links = []
     for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             links.append(os.readlink(f"/proc/self/fd/{number}"))
     return [link for link in links if link.endswith("(deleted)")]
 
