@@ -19,6 +19,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import TestCase
 from zope.interface import implementer
 
+from strictproxy import forwarding
 from strictproxy.config.model import (
     ClientConfig,
     Match,
@@ -169,6 +170,8 @@ class ProxyTestCase(TestCase):
     timeout = 30
 
     def setUp(self) -> None:
+        # Ids that are made are zeros, or one could contain what a test waits for.
+        self.patch(forwarding, "getrandbits", lambda _: 0)
         self.clock = Clock()
         self.records: list[AccessRecord] = []
         self.pods: list[ScriptedPod] = []

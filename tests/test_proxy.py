@@ -660,7 +660,7 @@ class PodFailureTests(ProxyTestCase):
         await client.has(b"\r\n\r\na")
         self.clock.advance(2.0)
         pod.send(b"b")
-        await client.has(b"ab")
+        await client.has(b"\r\n\r\nab")
         self.clock.advance(2.0)
         self.upstream.pool.sweep()
         self.assertEqual(self.counts(), (1, 0))

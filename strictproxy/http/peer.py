@@ -48,7 +48,10 @@ def client_address(head: RequestHead, peer: Peer, is_trusted: Callable[[str], bo
     """
     if not peer.trusted:
         return peer.address
-    told = b",".join(value for name, _, value in head.fields if name == b"x-forwarded-for")
+    values = [value for name, _, value in head.fields if name == b"x-forwarded-for"]
+    if not values:
+        return peer.address
+    told = b",".join(values)
     nearest = peer.address
     for hop in reversed(told.decode("latin-1").split(",")):
         address = hop.strip()

@@ -91,6 +91,7 @@ class PodConnection(TwistedProtocol):
         self.lost = False
         #: it has carried an exchange before
         self.used = False
+        self.idle_since = 0.0
         self._method = b""
         self._buffer = b""
         self._began = 0.0

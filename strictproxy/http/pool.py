@@ -25,6 +25,10 @@ from strictproxy.scheduling import Address
 EndpointFor = Callable[[Address, float], IStreamClientEndpoint]
 
 
+#: Seconds of idleness up to which a connection is taken to be open still.
+_FRESH = 0.01
+
+
 class _PodFactory(Factory):
     noisy = False
 
@@ -65,7 +69,10 @@ class PodPool:
         while idle:
             connection = idle.pop()
             self.keepalive_timeouts.stop(connection)
-            if not connection.lost and _is_quiet(connection):
+            # One that carried an exchange a moment ago has been under the
+            # reactor's eyes; a system call would tell nothing new.
+            fresh = self.now() - connection.idle_since < _FRESH
+            if not connection.lost and (fresh or _is_quiet(connection)):
                 return connection
             connection.abort()
         return None
@@ -87,8 +94,9 @@ class PodPool:
 
     def give(self, connection: PodConnection) -> None:
         """Keep a connection for the next exchange with its pod."""
+        now = connection.idle_since = self.now()
         self._idle.setdefault(connection.address, []).append(connection)
-        self.keepalive_timeouts.start(connection, self.now())
+        self.keepalive_timeouts.start(connection, now)
 
     def stop_timeouts(self, connection: PodConnection) -> None:
         """Forget what a connection was waiting for."""
