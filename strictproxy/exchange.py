@@ -70,7 +70,8 @@ def request_info(head: RequestHead, client: str) -> RequestInfo:
     """Return what routing may see of a request."""
     host = head.host.decode("latin-1").lower()
     host = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-    path = head.target.partition(b"?")[0].decode("latin-1")
+    # OPTIONS * is about the server as a whole (RFC 9110, 9.3.7): whoever serves /.
+    path = "/" if head.target == b"*" else head.target.partition(b"?")[0].decode("latin-1")
     fields = ((name.decode("latin-1"), value.decode("latin-1")) for name, _, value in head.fields)
     return RequestInfo(head.method.decode("latin-1"), path, host, fields, client)
 

@@ -170,8 +170,8 @@ class ProxyTestCase(TestCase):
     timeout = 30
 
     def setUp(self) -> None:
-        # Ids that are made are zeros, or one could contain what a test waits for.
-        self.patch(forwarding, "getrandbits", lambda _: 0)
+        # A random id could contain what a test waits for.
+        self.patch(forwarding, "getrandbits", lambda _: int("e" * 32, 16))
         self.clock = Clock()
         self.records: list[AccessRecord] = []
         self.pods: list[ScriptedPod] = []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_network
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from strictproxy.config import (
+    Body,
     Config,
     DnsSource,
+    HeaderEdits,
     InvalidConfig,
     LogFormat,
     OnDisconnect,
@@ -564,11 +567,18 @@ routers:
   - {name: by-tenant, settings: {header: x, nested: [1, 2.5, true, null, ~]}}
 routes:
   - {prefix: /a, strip_prefix: true, limit: 2, upstream: u, on_client_disconnect: finish}
-  - {prefix: /b, replace_prefix: /c, max_body: 1MiB, upstream: u}
+  - prefix: /b
+    replace_prefix: /c
+    max_body: 1MiB
+    upstream: u
+    timeout: 1m
+    retry: GET
+    body: spool
+    request_headers: {set: {X-A: "1"}, add: {X-B: b c}, remove: [Cookie]}
   - {regex: "/x/[0-9]+", host: "*.Example.com", methods: [GET, HEAD], upstream: u}
   - {headers: {X-B: "2", x-a: one}, methods: POST, upstream: u}
 log: {format: json, file: /tmp/x, access: false, level: WARN}
-client: {max_body: off, keepalive: 1m30s}
+client: {max_body: off, keepalive: 1m30s, trusted_proxies: [10.0.0.0/8, 192.0.2.1]}
 drain_timeout: 5s
 """,
             "f",
@@ -581,6 +591,10 @@ drain_timeout: 5s
         self.assertEqual(
             (x.match.host, x.name), ("*.example.com", "GET,HEAD *.example.com~/x/[0-9]+")
         )
+        self.assertEqual((b.timeout, b.retry, b.body), (60.0, {"GET"}, Body.SPOOL))
+        self.assertEqual(
+            b.request_headers, HeaderEdits((("X-A", "1"),), (("X-B", "b c"),), ("Cookie",))
+        )
         self.assertEqual(headers.match.headers, (("x-a", "one"), ("x-b", "2")))
         self.assertEqual(headers.name, "POST  x-a=one x-b=2".replace("  ", " "))
         self.assertEqual(
@@ -590,6 +604,9 @@ drain_timeout: 5s
         self.assertEqual(config.log.level, "warn")
         self.assertEqual((config.client.max_body, config.client.keepalive), (None, 90.0))
         self.assertEqual(config.drain_timeout, 5.0)
+        self.assertEqual(
+            config.client.trusted_proxies, (ip_network("10.0.0.0/8"), ip_network("192.0.2.1"))
+        )
 
     def test_connections(self) -> None:
         """Time-outs towards the pods; some may be off."""

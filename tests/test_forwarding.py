@@ -99,6 +99,12 @@ class RequestTests(SynchronousTestCase):
         kept = [line for line in lines if line.lower().startswith(("x-tier", "x-note", "cookie"))]
         self.assertEqual(kept, ["X-Note: 1", "X-Tier: batch", "X-Note: 2"])
 
+    def test_prefix(self) -> None:
+        """A route's prefix is replaced in the target."""
+        route = RouteConfig("r", Match(prefix="/a"), "u", replace_prefix="/z")
+        out = Forwarding(route).request_head(head(), FAR, "p", b"id")
+        self.assertEqual(out[0], b"GET /z?b HTTP/1.1\r\n")
+
     def test_request_id(self) -> None:
         """A usable id is kept; else one is made."""
         self.assertEqual(request_id(head("X-Request-Id: abc-1")), b"abc-1")

@@ -214,6 +214,9 @@ def parse_request_head(data: bytes, limits: HeadLimits) -> RequestHead:
         if len(data.split(b"\r\n", 1)[0]) > limits.target:
             raise TargetTooLong(f"the target is longer than {limits.target} bytes") from None
         raise BadRequest(_describe(error)) from None
+    # llhttp also takes RTSP and ICE for HTTP.
+    if data.lstrip(b"\r\n").partition(b"\r\n")[0][-9:-3] != b" HTTP/":
+        raise BadRequest("the request line names no version of HTTP")
     if len(collector.target) > limits.target:
         raise TargetTooLong(f"the target is longer than {limits.target} bytes")
     if len(collector.fields) > limits.fields:
@@ -260,7 +263,7 @@ def parse_response_head(data: bytes) -> ResponseHead:
     except httptools.HttpParserError as error:
         raise BadResponse(_describe(error)) from None
     version = parser.get_http_version()
-    if version not in ("1.1", "1.0"):
+    if version not in ("1.1", "1.0") or not data.startswith(b"HTTP/"):
         raise BadResponse(f"the pod speaks HTTP/{version}")
     http_1_1 = version == "1.1"
     special = collector.special
