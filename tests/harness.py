@@ -253,11 +253,16 @@ class ProxyTestCase(TestCase):
         for wire in self.wires:
             if not wire.closed:
                 wire.reset()
-        for pod in self.pods:
-            for connection in pod.connections:
-                if not connection.closed:
-                    connection.reset()
-        await self.settled(lambda: not self.proxy.running, "every exchange has ended")
+
+        def ended() -> bool:
+            # A pod may accept a connection only now.
+            for pod in self.pods:
+                for connection in pod.connections:
+                    if not connection.closed and connection.transport is not None:
+                        connection.reset()
+            return not self.proxy.running
+
+        await self.settled(ended, "every exchange has ended")
         await self.settled(lambda: not self.site.channels, "every channel is closed")
         self.assertEqual(self.counts(), (0, 0), "leases or tickets are left")
         self.upstream.stop()

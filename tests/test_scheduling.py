@@ -173,6 +173,41 @@ class SchedulerTests(SynchronousTestCase):
         scheduler.release(lease, 0.0)
         self.assertEqual(self.successResultOf(waiting).address, A)
 
+    def test_confined_requests_share_a_pod(self) -> None:
+        """Several sets of pods may overlap; each keeps its own place."""
+        scheduler = make(pods=(A, B))
+        leases = [self.take(scheduler) for _ in range(2)]
+        waiting = []
+        for only in (frozenset({A}), frozenset({A, B})):
+            waiter = scheduler.acquire("r", 0.0, only)
+            assert isinstance(waiter, Deferred)
+            waiting.append(waiter.addErrback(lambda _: None))
+        waiting[1].cancel()
+        for lease in leases:
+            scheduler.release(lease, 0.0)
+        self.assertEqual(self.successResultOf(waiting[0]).address, A)
+
+    def test_asking_inside_a_hand_over(self) -> None:
+        """Whoever asks while leases are handed out waits its turn, and has it at once."""
+        scheduler = make(limit=2, pods=(A,))
+        scheduler.set_route_limit("slow", 1, 0.0)
+        held = [self.take(scheduler) for _ in range(2)]
+        order: list[str] = []
+
+        def ask_again(_: Lease) -> None:
+            order.append("first")
+            again = scheduler.acquire("r", 0.0)
+            assert isinstance(again, Deferred)
+            again.addCallback(lambda _: order.append("asked inside"))
+
+        self.wait(scheduler).addCallback(ask_again)
+        self.wait(scheduler).addCallback(lambda _: order.append("second"))
+        scheduler.set_limit(5, 0.0)
+        self.assertEqual(order, ["first", "second", "asked inside"])
+        scheduler.set_pods([A, B], 0.0)
+        for lease in held:
+            scheduler.release(lease, 0.0)
+
     def test_raised_limit_lets_go(self) -> None:
         """A raised limit is used at once; a lowered one is reached as leases end."""
         scheduler = make(pods=(A,))
