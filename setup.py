@@ -23,6 +23,8 @@ setup(
         "service_identity>=24.1,<27",
         "httptools>=0.7,<1",
         "click>=8.1,<9",
+        "cryptography>=43",
+        "pyOpenSSL>=24.2",
         "zope.interface>=7,<9",
     ],
     extras_require={
@@ -37,6 +39,7 @@ setup(
             "mypy-zope>=1.0.9,<2",
             "ruff>=0.8,<1",
             "towncrier>=24.8",
+            "trustme>=1.2,<2",
             "types-PyYAML",
             "uvicorn>=0.32,<1",
         ],

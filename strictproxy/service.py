@@ -23,12 +23,14 @@ from twisted.internet.endpoints import (
     TCP4ClientEndpoint,
     TCP6ClientEndpoint,
     serverFromString,
+    wrapClientTLS,
 )
 from twisted.internet.interfaces import IListeningPort, IStreamClientEndpoint
 from twisted.internet.task import LoopingCall
 from twisted.logger import ILogObserver, Logger
 from twisted.names.client import Resolver
 from twisted.plugin import getPlugins
+from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 from twisted.python.usage import Options as TwistedOptions
@@ -38,10 +40,13 @@ from twisted.web.server import Site
 import strictproxy.plugins
 from strictproxy.admin.resources import make_admin
 from strictproxy.config import Config, DnsSource, StaticSource, load
+from strictproxy.config.model import ListenConfig
 from strictproxy.discovery.dns import DnsDiscovery, NamesSource
 from strictproxy.discovery.static import StaticDiscovery
 from strictproxy.errors import ConfigError, ShuttingDown
+from strictproxy.http.pool import EndpointFor
 from strictproxy.http.site import StrictSite
+from strictproxy.http.tls import PodTlsOptions, ServerCertificates
 from strictproxy.interfaces import IDiscovery, IRouter, IRouterPlugin
 from strictproxy.logs import log_access, make_observer
 from strictproxy.proxy import ProxyResource
@@ -51,6 +56,8 @@ from strictproxy.upstream import Upstream
 _log = Logger()
 
 _POOL_SWEEP = 0.5
+#: How often certificate files are looked at, seconds.
+_CERTIFICATES_EVERY = 5.0
 
 
 class Options(TwistedOptions):
@@ -108,6 +115,11 @@ class ProxyService(Service):
         self.site = StrictSite(self.proxy, config.client, self._reactor)
         self.admin = Site(make_admin(self.upstreams, lambda: self._closing), reactor=self._reactor)
         self.admin.noisy = self.site.noisy = False
+        #: certificates of the listeners that have some, read again when their files change
+        self._certificates: list[ServerCertificates] = []
+        self._factories = [self._factory(listener) for listener in config.listen]
+        self._refresher = LoopingCall(self._refresh)
+        self._refresher.clock = self._reactor
         self._sweeper = LoopingCall(self._sweep)
         self._sweeper.clock = self._reactor
 
@@ -143,15 +155,17 @@ class ProxyService(Service):
     async def _start(self) -> None:
         self.site.start()
         self._sweeper.start(_POOL_SWEEP, now=False).addErrback(_log_failure)
+        if self._certificates:
+            self._refresher.start(_CERTIFICATES_EVERY, now=False).addErrback(_log_failure)
         for upstream in self.upstreams.values():
             upstream.start()
-        for description in self.config.listen:
-            await self._listen(description, self.site, "listening")
+        for listener, factory in zip(self.config.listen, self._factories, strict=True):
+            await self._listen(listener.endpoint, factory, "listening")
         if self.config.admin is not None:
             await self._listen(self.config.admin, self.admin, "admin")
 
-    async def _listen(self, description: str, site: Site, what: str) -> None:
-        port = await serverFromString(self._reactor, description).listen(site)
+    async def _listen(self, description: str, factory: Any, what: str) -> None:
+        port = await serverFromString(self._reactor, description).listen(factory)
         self._ports.append(port)
         _log.info("{what} on {address}", what=what, address=_readable(port.getHost()))
 
@@ -186,8 +200,9 @@ class ProxyService(Service):
         for upstream in self.upstreams.values():
             upstream.stop()
         self.site.stop()
-        if self._sweeper.running:
-            self._sweeper.stop()
+        for loop in (self._sweeper, self._refresher):
+            if loop.running:
+                loop.stop()
 
     async def _drained(self) -> None:
         """Wait until nothing runs or waits, at most `drain_timeout`."""
@@ -201,11 +216,29 @@ class ProxyService(Service):
 
     # -- parts
 
+    def _factory(self, listener: ListenConfig) -> Any:
+        """Return what serves a listener: the site, behind TLS if the listener has that."""
+        if listener.tls is None:
+            return self.site
+        certificates = ServerCertificates(listener.tls)
+        self._certificates.append(certificates)
+        return TLSMemoryBIOFactory(certificates, False, self.site, clock=self._reactor)
+
+    def _refresh(self) -> None:
+        for certificates in self._certificates:
+            try:
+                certificates.refresh()
+            except Exception as error:
+                _log.error("certificates stay as they were: {error}", error=error)
+
     def _make_upstream(self, name: str) -> Upstream:
         config = self.config.upstreams[name]
         routes = [route for route in self.config.routes if route.upstream == name]
         discovery = self._make_discovery(config.source)
-        return Upstream(config, routes, discovery, self._endpoint_for, self._reactor)
+        endpoint_for: EndpointFor = self._endpoint_for
+        if config.tls is not None:
+            endpoint_for = _secured(endpoint_for, PodTlsOptions(config.tls))
+        return Upstream(config, routes, discovery, endpoint_for, self._reactor)
 
     def _make_discovery(self, source: DnsSource | StaticSource) -> IDiscovery:
         discovery: IDiscovery
@@ -265,6 +298,17 @@ def make_routers(config: Config, upstreams: Mapping[str, Upstream]) -> list[tupl
         except ValueError as error:
             raise ConfigError(f"router {wanted.name!r}: {error}") from error
     return routers
+
+
+def _secured(endpoint_for: EndpointFor, options: PodTlsOptions) -> EndpointFor:
+    """Return endpoints that speak TLS."""
+
+    def secured(address: Address, timeout: float) -> IStreamClientEndpoint:
+        plain = endpoint_for(address, timeout)
+        endpoint: IStreamClientEndpoint = wrapClientTLS(options.for_host(address.host), plain)
+        return endpoint
+
+    return secured
 
 
 def _readable(host: Any) -> str:

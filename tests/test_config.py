@@ -21,6 +21,12 @@ from strictproxy.config import (
     load,
     parse,
 )
+from strictproxy.config.model import (
+    CertificateFiles,
+    ListenConfig,
+    ListenTls,
+    PodTls,
+)
 from strictproxy.config.units import parse_duration, parse_size
 from strictproxy.errors import ConfigError
 from strictproxy.scheduling import Address
@@ -118,7 +124,7 @@ BROKEN: list[tuple[str, str, str]] = [
     (
         "listen a mapping",
         (TOP + ROUTE).replace("tcp:8080", "{a: b}"),
-        "f:1:9: listen: must be a list, not a mapping",
+        "f:1:9: listen: 'endpoint' is missing\nf:1:10: listen.a: unknown key; there is endpoint, tls",
     ),
     (
         "bad admin",
@@ -413,6 +419,18 @@ BROKEN: list[tuple[str, str, str]] = [
         "f:1:28: client.trusted_proxies[0]: not a network such as 10.0.0.0/8: 10.0.0.1/8 has host bits set",
     ),
     (
+        "TLS without certificates",
+        "listen: {endpoint: tcp:1, tls: {certificates: []}}\n"
+        + (TOP + ROUTE).replace("listen: tcp:8080\n", ""),
+        "f:1:47: listen.tls.certificates: must not be empty",
+    ),
+    (
+        "TLS too old",
+        "listen: {endpoint: tcp:1, tls: {min_version: 1.1, certificates: [{cert: a, key: b}]}}\n"
+        + (TOP + ROUTE).replace("listen: tcp:8080\n", ""),
+        "f:1:46: listen.tls.min_version: must be 1.2 or 1.3, not 1.1",
+    ),
+    (
         "router without name",
         TOP + "routers: [{settings: {}}]\n",
         "f:4:11: routers[0]: 'name' is missing",
@@ -500,7 +518,7 @@ routes:
 """,
             "f",
         )
-        self.assertEqual(config.listen, ("tcp:8080",))
+        self.assertEqual(config.listen, (ListenConfig("tcp:8080"),))
         self.assertEqual((config.log.level, config.log.file), ("debug", "/var/log/proxy.log"))
         self.assertEqual(
             [(r.match.path, r.limit, r.upstream) for r in config.routes],
@@ -552,7 +570,7 @@ routes:
             {"PORT": "8080", "POD": "a:1", "SIZE": "7", "T": "off", "NUMBER": "5"},
         )
         u = config.upstreams["u"]
-        self.assertEqual(config.listen, ("tcp:8080",))
+        self.assertEqual(config.listen, (ListenConfig("tcp:8080"),))
         self.assertEqual(u.source, StaticSource((Address("a", 1),)))
         self.assertEqual((u.limit, u.queue.size), (3, 7))
         self.assertEqual((config.routes[0].match.path, config.routes[0].name), ("/${x}", "5"))
@@ -618,6 +636,33 @@ drain_timeout: 5s
             "f",
         )
         self.assertEqual(config.upstreams["u"].connections, PodConnections(1.0, 2.0, 3.0, None))
+
+    def test_tls(self) -> None:
+        """TLS towards clients and towards pods."""
+        config = parse(
+            """\
+listen:
+  - tcp:8080
+  - endpoint: tcp:8443
+    tls:
+      certificates: [{cert: a.crt, key: a.key}, {cert: b.crt, key: b.key}]
+      client_ca: ca.crt
+      min_version: 1.3
+upstreams:
+  u: {static: a:1, tls: {ca: ca.crt, server_name: pod.x, client: {cert: c.crt, key: c.key}}}
+routes: [{path: /, upstream: u}]
+""",
+            "f",
+        )
+        a, b, c = (CertificateFiles(f"{n}.crt", f"{n}.key") for n in "abc")
+        self.assertEqual(
+            config.listen,
+            (
+                ListenConfig("tcp:8080"),
+                ListenConfig("tcp:8443", ListenTls((a, b), "ca.crt", "1.3")),
+            ),
+        )
+        self.assertEqual(config.upstreams["u"].tls, PodTls("ca.crt", "pod.x", c))
 
     def test_only_routers(self) -> None:
         """Custom routers alone are enough."""

@@ -65,7 +65,7 @@ class ManifestTests(SynchronousTestCase):
         pod = by_name["Deployment", "strictproxy"]["spec"]["template"]["spec"]
         (container,) = pod["containers"]
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        self.assertEqual(config.listen, (f"tcp:{ports['http']}",))
+        self.assertEqual([each.endpoint for each in config.listen], [f"tcp:{ports['http']}"])
         self.assertEqual(config.admin, f"tcp:{ports['admin']}")
         self.assertGreater(pod["terminationGracePeriodSeconds"], config.drain_timeout)
         security = container["securityContext"]

@@ -132,12 +132,17 @@ class SystemTestCase(SynchronousTestCase):
         except OSError as error:
             return 0, str(error).encode()
 
-    def twistd(self, config: str, command: tuple[str, ...] = ("twistd", "-n", "--pidfile=")) -> Any:
+    def twistd(
+        self,
+        config: str,
+        command: tuple[str, ...] = ("twistd", "-n", "--pidfile="),
+        listen: str = "",
+    ) -> Any:
         """Run the proxy as its users do, and wait until it is ready."""
         path = self.folder / "strictproxy.yaml"
         self.listen, self.admin = free_port(), free_port()
         path.write_text(
-            f"listen: tcp:{self.listen}:interface=127.0.0.1\n"
+            f"listen: {listen or f'tcp:{self.listen}:interface=127.0.0.1'}\n"
             f"admin: tcp:{self.admin}:interface=127.0.0.1\n{config}"
         )
         script = Path(sys.executable).parent / command[0]

@@ -27,6 +27,7 @@ from strictproxy.config import reader, schema
 from strictproxy.config.model import (
     Config,
     DnsSource,
+    ListenConfig,
     LogConfig,
     Match,
     RouteConfig,
@@ -66,7 +67,7 @@ def read(top: Section) -> Config:
             part.note("uri", f"{route.uri!r} is given twice")
         routes[route.uri] = route
     return Config(
-        listen=(f"tcp:{port}",),
+        listen=(ListenConfig(f"tcp:{port}"),),
         upstreams=_upstreams(routes),
         routes=tuple(
             RouteConfig(route.uri, Match(path=route.uri), route.upstream, limit=route.limit)

@@ -71,6 +71,46 @@ class PodConnections:
 
 
 @dataclass(frozen=True)
+class CertificateFiles:
+    """A certificate with its chain, and its key, in PEM."""
+
+    cert: str
+    key: str
+
+
+@dataclass(frozen=True)
+class PodTls:
+    """TLS towards pods."""
+
+    #: whom to trust; None is the system's store
+    ca: str | None = None
+    #: what pods must prove to be; None is the address they are reached by
+    server_name: str | None = None
+    #: our own certificate, for pods that ask for one
+    client: CertificateFiles | None = None
+
+
+@dataclass(frozen=True)
+class ListenTls:
+    """TLS towards clients."""
+
+    #: chosen by the name that the client asks for; the first is for all others
+    certificates: tuple[CertificateFiles, ...]
+    #: clients must have a certificate of these authorities
+    client_ca: str | None = None
+    min_version: str = "1.2"
+
+
+@dataclass(frozen=True)
+class ListenConfig:
+    """Where clients connect."""
+
+    #: a Twisted server endpoint
+    endpoint: str
+    tls: ListenTls | None = None
+
+
+@dataclass(frozen=True)
 class UpstreamConfig:
     """Pods that do the same job."""
 
@@ -80,6 +120,7 @@ class UpstreamConfig:
     limit: int = 1
     queue: QueueConfig = QueueConfig()
     connections: PodConnections = PodConnections()
+    tls: PodTls | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +259,7 @@ class LogConfig:
 class Config:
     """Everything that a configuration file says."""
 
-    listen: tuple[str, ...]
+    listen: tuple[ListenConfig, ...]
     upstreams: Mapping[str, UpstreamConfig]
     routes: tuple[RouteConfig, ...]
     routers: tuple[RouterConfig, ...] = ()

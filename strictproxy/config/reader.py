@@ -336,9 +336,9 @@ def one_or_more(kind: Kind[T]) -> Kind[tuple[T, ...]]:
     """Return the kind for a value, or a list of at least one."""
 
     def read(document: Document, node: yaml.Node, path: str) -> tuple[T, ...]:
-        if isinstance(node, yaml.ScalarNode):
+        if not isinstance(node, yaml.SequenceNode):
             return (kind(document, node, path),)
-        if isinstance(node, yaml.SequenceNode) and not node.value:
+        if not node.value:
             raise Wrong("must not be empty")
         return items(kind)(document, node, path)
 

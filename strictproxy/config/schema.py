@@ -21,15 +21,19 @@ from twisted.internet.interfaces import IReactorCore
 from strictproxy.config import reader
 from strictproxy.config.model import (
     Body,
+    CertificateFiles,
     ClientConfig,
     Config,
     DnsSource,
     HeaderEdits,
+    ListenConfig,
+    ListenTls,
     LogConfig,
     LogFormat,
     Match,
     OnDisconnect,
     PodConnections,
+    PodTls,
     QueueConfig,
     RouteConfig,
     RouterConfig,
@@ -88,7 +92,7 @@ def parse(content: str, file: str, environ: Mapping[str, str] | None = None) -> 
 
 
 def _config(top: Section) -> Config:
-    listen = top.take("listen", reader.one_or_more(endpoint))
+    listen = top.take("listen", reader.one_or_more(listener))
     admin = top.take("admin", endpoint, None)
     upstreams = top.take("upstreams", named(_upstream))
     routers: tuple[RouterConfig, ...] = top.take(
@@ -122,6 +126,7 @@ def _upstream(name: str, part: Section) -> UpstreamConfig:
         limit=part.take("limit", reader.whole(1), UpstreamConfig.limit),
         queue=part.take("queue", reader.section(_queue), QueueConfig()),
         connections=part.take("connections", reader.section(_connections), PodConnections()),
+        tls=part.take("tls", reader.section(_pod_tls), None),
     )
 
 
@@ -165,6 +170,59 @@ def _connections(part: Section) -> PodConnections:
         first_byte_timeout=part.take("first_byte_timeout", off, default.first_byte_timeout),
         idle_timeout=part.take("idle_timeout", off, default.idle_timeout),
     )
+
+
+def _pod_tls(part: Section) -> PodTls:
+    return PodTls(
+        ca=part.take("ca", reader.text, None),
+        server_name=part.take("server_name", dns_name, None),
+        client=part.take("client", reader.section(_certificate), None),
+    )
+
+
+def _certificate(part: Section) -> CertificateFiles:
+    return CertificateFiles(cert=part.take("cert", reader.text), key=part.take("key", reader.text))
+
+
+# -- listeners
+
+
+def listener(document: Document, node: yaml.Node, path: str) -> ListenConfig:
+    """An endpoint, or a mapping of one with its TLS settings."""
+    if isinstance(node, yaml.MappingNode):
+        return reader.section(_listener)(document, node, path)
+    return ListenConfig(endpoint(document, node, path))
+
+
+def _listener(part: Section) -> ListenConfig:
+    return ListenConfig(
+        endpoint=part.take("endpoint", endpoint),
+        tls=part.take("tls", reader.section(_listen_tls), None),
+    )
+
+
+def _listen_tls(part: Section) -> ListenTls:
+    return ListenTls(
+        certificates=part.take("certificates", certificates),
+        client_ca=part.take("client_ca", reader.text, None),
+        min_version=part.take("min_version", tls_version, ListenTls.min_version),
+    )
+
+
+def certificates(document: Document, node: yaml.Node, path: str) -> tuple[CertificateFiles, ...]:
+    """At least one certificate."""
+    found = reader.items(reader.section(_certificate))(document, node, path)
+    if not node.value:
+        raise Wrong("must not be empty")
+    return found
+
+
+def tls_version(document: Document, node: yaml.Node, path: str) -> str:
+    """A version of TLS that is still safe."""
+    _, written = document.scalar(node)
+    if written not in ("1.2", "1.3"):
+        raise Wrong(f"must be 1.2 or 1.3, not {written}")
+    return written
 
 
 # -- routes

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Protocol, cast
 from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
     IPushProducer,
-    ISSLTransport,
     ITransport,
 )
 from twisted.internet.protocol import Protocol as TwistedProtocol
@@ -47,6 +46,7 @@ from strictproxy.http.heads import (
 )
 from strictproxy.http.peer import Peer
 from strictproxy.http.problems import problem_body, problem_fields, reason_phrase
+from strictproxy.http.tls import is_secure
 from strictproxy.http.transport import IStreamTransport, end_output, write_now
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ class ServerChannel(TwistedProtocol):
         """Who is at the other end; not known before the first bytes behind a PROXY protocol."""
         if self._peer is None:
             address = getattr(self.transport.getPeer(), "host", "")
-            secure = ISSLTransport.providedBy(self.transport)
+            secure = is_secure(self.transport)
             self._peer = Peer(address, self.site.is_trusted(address), secure)
         return self._peer
 
