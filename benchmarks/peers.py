@@ -108,9 +108,12 @@ static_resources:
     type: STATIC
     lb_policy: LEAST_REQUEST
     circuit_breakers: {{thresholds: [{{max_connections: 100000, max_pending_requests: 100000, max_requests: 100000}}]}}
-    load_assignment: {{cluster_name: c, endpoints: [{{lb_endpoints: [
-      {{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {a}}}}}}}}},
-      {{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {b}}}}}}}}}]}}]}}
+    load_assignment:
+      cluster_name: c
+      endpoints:
+      - lb_endpoints:
+        - endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {a}}}}}}}
+        - endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {b}}}}}}}
 """,
     "caddy": """
 {{
@@ -129,7 +132,16 @@ COMMANDS: dict[str, Callable[[str], list[str]]] = {
     "strictproxy": lambda c: [str(BIN / "twistd"), "-n", "--pidfile=", "strictproxy", "-c", c],
     "haproxy": lambda c: ["haproxy", "-db", "-f", c],
     "nginx": lambda c: ["nginx", "-c", c],
-    "envoy": lambda c: ["envoy", "-c", c, "--concurrency", "1", "-l", "error"],
+    "envoy": lambda c: [
+        "envoy",
+        "-c",
+        c,
+        "--concurrency",
+        "1",
+        "-l",
+        "error",
+        "--use-dynamic-base-id",
+    ],
     "caddy": lambda c: ["caddy", "run", "--adapter", "caddyfile", "--config", c],
 }
 
@@ -269,7 +281,7 @@ def waiting(proxy: Proxy, count: int) -> None:
 def start(name: str, folder: Path, a: int, b: int) -> Proxy | None:
     command = COMMANDS[name]
     port = free_port()
-    config = folder / f"{name}-{port}.conf"
+    config = folder / f"{name}-{port}.yaml"  # Envoy goes by the ending
     user = "user root;" if os.geteuid() == 0 else ""
     config.write_text(CONFIGS[name].format(port=port, a=a, b=b, folder=folder, user=user))
     if shutil.which(command("")[0]) is None:
@@ -315,12 +327,17 @@ def main() -> None:
     folder.chmod(0o755)
     big = folder / "big"
     big.write_bytes(bytes(BIG))
-    a, b, upload = free_port(), free_port(), free_port()
+    a, b, upload, upload_too = (free_port() for _ in range(4))
     user = "user root;" if os.geteuid() == 0 else ""
     (folder / "pods.conf").write_text(PODS.format(folder=folder, a=a, b=b, sink=upload, user=user))
-    children = [subprocess.Popen(["nginx", "-c", str(folder / "pods.conf")]), sink(upload)]
+    children = [
+        subprocess.Popen(["nginx", "-c", str(folder / "pods.conf")]),
+        sink(upload),
+        sink(upload_too),
+    ]
     wait_for_port(a)
     wait_for_port(upload)
+    wait_for_port(upload_too)
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     proxies: list[Proxy] = []
     try:
@@ -337,19 +354,21 @@ def main() -> None:
         for proxy in proxies:
             proxy.process.send_signal(signal.SIGTERM)
         uploads = [
-            each for name in CONFIGS if (each := start(name, folder, upload, upload)) is not None
+            each
+            for name in CONFIGS
+            if (each := start(name, folder, upload, upload_too)) is not None
         ]
         children += [proxy.process for proxy in uploads]
         for _ in range(chosen.rounds):
             for proxy in uploads:
                 up(proxy, big)
         # A pod that takes connections and never answers.
-        with socket.socket() as silent:
-            silent.bind(("127.0.0.1", 0))
-            silent.listen(4096)
-            number = silent.getsockname()[1]
+        with socket.socket() as first, socket.socket() as second:
+            for silent in (first, second):
+                silent.bind(("127.0.0.1", 0))
+                silent.listen(4096)
             for name in ("strictproxy", "haproxy"):
-                queue = start(name, folder, number, number)
+                queue = start(name, folder, first.getsockname()[1], second.getsockname()[1])
                 if queue is not None:
                     children.append(queue.process)
                     waiting(queue, chosen.waiting)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cryptography import x509
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
 from twisted.internet.error import VerifyError
 from twisted.internet.interfaces import (
     IOpenSSLClientConnectionCreator,
@@ -58,7 +58,7 @@ def _private(files: CertificateFiles) -> tuple[PrivateCertificate, list[Certific
     first, *chain = _certificates(files.cert)
     try:
         return PrivateCertificate.loadPEM(first.dumpPEM() + _read(files.key)), chain
-    except (SSL.Error, VerifyError) as error:
+    except (SSL.Error, crypto.Error, VerifyError) as error:
         raise ConfigError(f"{files.key}: is not the key of {files.cert}: {error}") from error
 
 
