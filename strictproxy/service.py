@@ -35,10 +35,9 @@ from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 from twisted.python.usage import Options as TwistedOptions
 from twisted.python.usage import UsageError
-from twisted.web.server import Site
 
 import strictproxy.plugins
-from strictproxy.admin.resources import make_admin
+from strictproxy.admin.resources import QuietSite, make_admin
 from strictproxy.config import Config, DnsSource, StaticSource, load
 from strictproxy.config.model import ListenConfig
 from strictproxy.discovery.dns import DnsDiscovery, NamesSource
@@ -113,8 +112,9 @@ class ProxyService(Service):
             config.client,
         )
         self.site = StrictSite(self.proxy, config.client, self._reactor)
-        self.admin = Site(make_admin(self.upstreams, lambda: self._closing), reactor=self._reactor)
-        self.admin.noisy = self.site.noisy = False
+        admin = make_admin(self.upstreams, lambda: self._closing)
+        self.admin = QuietSite(admin, reactor=self._reactor)
+        self.site.noisy = False
         #: certificates of the listeners that have some, read again when their files change
         self._certificates: list[ServerCertificates] = []
         self._factories = [self._factory(listener) for listener in config.listen]

@@ -7,6 +7,8 @@ import struct
 
 from tests.test_system import SystemTestCase, free_port
 
+REQUEST = b"GET /stats HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
 
 class ProxyProtocolTests(SystemTestCase):
     def ask(self, preamble: bytes) -> str:
@@ -41,10 +43,8 @@ class ProxyProtocolTests(SystemTestCase):
             5555,
             80,
         )
+        log = self.folder / "strictproxy.log"
         for preamble, client in ((v1, "192.0.2.7"), (v2, "192.0.2.8")):
             self.assertIn("200 OK", self.ask(preamble))
-            log = self.folder / "strictproxy.log"
-            self.wait_for(
-                lambda client=client: f'"client": "{client}"' in log.read_text(),
-                f"{client} is logged",
-            )
+            line = f'"client": "{client}"'
+            self.wait_for(lambda line=line: line in log.read_text(), f"{client} is logged")  # type: ignore[misc]

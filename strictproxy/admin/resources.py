@@ -8,6 +8,7 @@ from typing import Any
 
 from twisted.web.http import Request
 from twisted.web.resource import Resource
+from twisted.web.server import Site
 
 from strictproxy.upstream import Upstream
 
@@ -63,6 +64,15 @@ def upstream_state(upstream: Upstream) -> dict[str, Any]:
             for pod in state.pods
         ],
     }
+
+
+class QuietSite(Site):
+    """A site without access log: probes come every few seconds."""
+
+    noisy = False
+
+    def log(self, request: Request) -> None:
+        """Log nothing."""
 
 
 def make_admin(upstreams: Mapping[str, Upstream], is_closing: Callable[[], bool]) -> Resource:

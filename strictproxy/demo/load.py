@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
 from math import exp, sqrt
-from typing import Any, cast
+from typing import Any
 
+from treq.client import HTTPClient
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
-from twisted.web.client import Agent, readBody
+from twisted.web.client import Agent
 
 #: Seconds between two requests of a burst.
 _APART = 0.005
@@ -80,7 +81,7 @@ def run_load(
     :return: fires with `outcome`, which is filled in as the run goes on.
     """
     # No pool: a new connection for each request, which is what kube-proxy spreads.
-    agent = Agent(reactor, connectTimeout=10)
+    client = HTTPClient(Agent(reactor, connectTimeout=10))
     began = reactor.seconds()
 
     async def send(job: Job) -> None:
@@ -89,8 +90,8 @@ def run_load(
         sent = reactor.seconds()
         url = f"http://{choose()}/job?seconds={job.seconds:.4f}"
         try:
-            response = await agent.request(b"GET", url.encode())
-            body = await readBody(cast(Any, response))
+            response = await client.get(url)
+            body = await response.text()
             if response.code != 200:
                 outcome.errors.append(f"{response.code} {body[:200]!r}")
         except Exception as error:
