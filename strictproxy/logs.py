@@ -29,6 +29,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from strictproxy.config.model import LogConfig, LogFormat
+from strictproxy.errors import ConfigError
 from strictproxy.scheduling import Address
 
 access_logger = Logger(namespace="strictproxy.access")
@@ -58,10 +59,14 @@ class AccessRecord:
     in_flight: int
     tries: int
 
+    def __str__(self) -> str:
+        return access_text(self)
+
 
 def log_access(record: AccessRecord) -> None:
     """Log one exchange."""
-    access_logger.info("", access=record)
+    # Formatted only where somebody else's observer writes it, as under twist.
+    access_logger.info("{access}", access=record)
 
 
 def access_fields(record: AccessRecord) -> dict[str, Any]:
@@ -142,9 +147,14 @@ def make_observer(config: LogConfig) -> ILogObserver:
     """
     Return what writes the log as configured.
 
-    :raise OSError: the log file cannot be opened.
+    :raise ConfigError: the log file cannot be opened.
     """
-    stream = sys.stdout if config.file is None else open(config.file, "a", encoding="utf-8")  # noqa: SIM115
+    stream: IO[str] = sys.stdout
+    if config.file is not None:
+        try:
+            stream = open(config.file, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(f"log.file: {config.file}: {error.strerror}") from error
     format_event = format_json if config.format is LogFormat.JSON else format_text
     level = LogLevel.levelWithName(config.level)
     predicate: ILogFilterPredicate = LogLevelFilterPredicate(defaultLogLevel=level)

@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any, ClassVar
 
@@ -39,7 +40,7 @@ from twisted.python.usage import UsageError
 import strictproxy.plugins
 from strictproxy.admin.resources import QuietSite, make_admin
 from strictproxy.config import Config, DnsSource, StaticSource, load
-from strictproxy.config.model import ListenConfig
+from strictproxy.config.model import ListenConfig, LogConfig
 from strictproxy.discovery.dns import DnsDiscovery, NamesSource
 from strictproxy.discovery.static import StaticDiscovery
 from strictproxy.errors import ConfigError, ShuttingDown
@@ -81,9 +82,27 @@ def makeService(options: Options) -> ProxyService:
     from twisted.internet import reactor
 
     try:
-        return ProxyService(options.configuration, reactor)
+        service = ProxyService(options.configuration, reactor)
+        service.observer = make_observer(log_config(options))
     except ConfigError as error:
-        raise UsageError(str(error)) from None
+        raise SystemExit(f"strictproxy: {error}") from None
+    return service
+
+
+def log_config(options: Options) -> LogConfig:
+    """
+    Return the log's configuration, with its file where twistd's own would be.
+
+    What the configuration says goes first, then `--logfile`; a twistd that
+    turns into a daemon has no standard output and writes twistd.log.
+    """
+    config = options.configuration.log
+    outer: Any = options.parent or {}
+    if config.file is None and "nodaemon" in outer:
+        given = outer.get("logfile")
+        file = given or (None if outer["nodaemon"] else "twistd.log")
+        return replace(config, file=None if file == "-" else file)
+    return config
 
 
 class ProxyService(Service):
@@ -95,6 +114,8 @@ class ProxyService(Service):
 
     def __init__(self, config: Config, reactor: Any) -> None:
         self.setName("strictproxy")
+        #: writes the log of the application that this service joins
+        self.observer: ILogObserver | None = None
         self.config = config
         self._reactor = reactor
         self._resolvers: dict[tuple[tuple[str, int], ...], Resolver] = {}
@@ -126,8 +147,8 @@ class ProxyService(Service):
     def setServiceParent(self, parent: IServiceCollection) -> None:
         """Join an application; its log is written as the configuration says."""
         super().setServiceParent(parent)
-        if isinstance(parent, Componentized):
-            parent.setComponent(ILogObserver, make_observer(self.config.log))
+        if isinstance(parent, Componentized) and self.observer is not None:
+            parent.setComponent(ILogObserver, self.observer)
 
     # -- start
 

@@ -191,11 +191,21 @@ class DnsDiscoveryTests(SynchronousTestCase):
     def test_look_now(self) -> None:
         """Whoever knows that something changed need not wait for the next look."""
         self.begin(["10.0.0.1"])
-        self.run_for(6.125)
+        self.run_for(6.75)
         self.script.answer = ["10.0.0.2"]
         self.discovery.look_now()
         self.run_for(2.5)
-        self.assertEqual(self.published[-1], (8.625, ["10.0.0.2"]))
+        self.assertEqual(self.published[-1], (9.25, ["10.0.0.2"]))
+
+    def test_look_now_is_bounded(self) -> None:
+        """However often it is asked for, there is no more than a look per interval."""
+        self.begin(["10.0.0.1"])
+        self.run_for(6.125)
+        asked = self.script.asked
+        for _ in range(100):
+            self.discovery.look_now()
+            self.clock.advance(0.01)
+        self.assertLessEqual(self.script.asked - asked, 3)
 
     def test_stop(self) -> None:
         """Stopped in a round or in a pause, it publishes nothing and leaves no timer."""

@@ -17,10 +17,13 @@ from twisted.web.client import Agent, readBody
 from strictproxy.config import parse
 from strictproxy.demo.dns_server import DnsServer
 from strictproxy.scheduling import Address
-from strictproxy.service import Options, ProxyService, makeService
+from strictproxy.service import Options, ProxyService, log_config, makeService
 from tests.harness import ScriptedPod, response
 
 reactor: Any = _reactor
+
+
+GOOD = "listen: tcp:0\nupstreams: {u: {static: a:1}}\nroutes: []\n"
 
 
 class ServiceTests(TestCase):
@@ -147,10 +150,35 @@ class ServiceTests(TestCase):
         path.write_text("listen: tcp:0\nupstreams: {u: {static: a:1}}\nrouters: [{name: none}]\n")
         options = Options()
         options.parseOptions(["--config", str(path)])
-        self.assertIn("router 'none' is not installed", str(self.failing(makeService, options)))
+        stopped = self.assertRaises(SystemExit, makeService, options)
+        self.assertIn("router 'none' is not installed", str(stopped))
+        path.write_text(f"{GOOD}log: {{file: /nowhere/x.log}}\n")
+        options = Options()
+        options.parseOptions(["--config", str(path)])
+        stopped = self.assertRaises(SystemExit, makeService, options)
+        self.assertIn("log.file: /nowhere/x.log: No such file", str(stopped))
         path.write_text("listen: tcp:0\n")
         error = self.failing(Options().parseOptions, ["-c", str(path)])
         self.assertIn(f"{path}:1:1: 'upstreams' is missing", str(error))
+
+    def test_where_the_log_goes(self) -> None:
+        """The configuration's file, else --logfile, else standard output; a daemon's twistd.log."""
+        path = Path(self.mktemp())
+        path.write_text(GOOD)
+        for outer, expected in (
+            ({}, None),
+            ({"nodaemon": True, "logfile": None}, None),
+            ({"nodaemon": True, "logfile": "-"}, None),
+            ({"nodaemon": True, "logfile": "x.log"}, "x.log"),
+            ({"nodaemon": False, "logfile": None}, "twistd.log"),
+        ):
+            options = Options()
+            options.parseOptions(["--config", str(path)])
+            options.parent = outer
+            self.assertEqual(log_config(options).file, expected)
+        path.write_text(f"{GOOD}log: {{file: own.log}}\n")
+        options.parseOptions(["--config", str(path)])
+        self.assertEqual(log_config(options).file, "own.log")
 
     def failing(self, function: Any, argument: Any) -> UsageError:
         error: UsageError = self.assertRaises(UsageError, function, argument)  # type: ignore[assignment]

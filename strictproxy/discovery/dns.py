@@ -109,6 +109,8 @@ class DnsDiscovery:
         self._verdict = Verdict.SAME
         self._pause: Deferred[None] | None = None
         self._looking = False
+        #: when the last look began
+        self._looked = float("-inf")
 
     def start(self, publish: Publish) -> None:
         """Begin to look."""
@@ -125,7 +127,11 @@ class DnsDiscovery:
             self._pause.cancel()
 
     def look_now(self) -> None:
-        """Look at once, unless a look, a round or a pause is under way."""
+        """Look at once, unless a look, a round or a pause is under way, or was a moment ago."""
+        # A pod that refuses every request asks for a look each time.
+        now = self._clock.seconds()
+        if now - self._looked < self._config.interval:
+            return
         if self._publish is not None and not self._looking:
             Deferred.fromCoroutine(self._look()).addErrback(_log_failure)
 
@@ -138,6 +144,7 @@ class DnsDiscovery:
         if self._looking:
             return
         self._looking = True
+        self._looked = self._clock.seconds()
         try:
             while self._publish is not None:
                 verdict = await self._ask()
