@@ -10,9 +10,12 @@ then whatever is left.
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any, ClassVar
@@ -40,7 +43,7 @@ from twisted.python.usage import UsageError
 import strictproxy.plugins
 from strictproxy.admin.resources import QuietSite, make_admin
 from strictproxy.config import Config, DnsSource, StaticSource, load
-from strictproxy.config.model import ListenConfig, LogConfig
+from strictproxy.config.model import ClientConfig, ListenConfig, LogConfig
 from strictproxy.discovery.dns import DnsDiscovery, NamesSource
 from strictproxy.discovery.static import StaticDiscovery
 from strictproxy.errors import ConfigError, ShuttingDown
@@ -89,6 +92,40 @@ def makeService(options: Options) -> ProxyService:
     return service
 
 
+def descriptors() -> int:
+    """
+    Return how many files this process may have open, after asking for as many as it may.
+
+    The soft limit is for programs that use select(2); Go's run time raises it
+    likewise.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def within_descriptors(client: ClientConfig, limit: int) -> ClientConfig:
+    """
+    Return the client limits with no more connections than there are descriptors for.
+
+    A quarter stays for pods, probes and files: a proxy that has none left can
+    neither reach a pod nor answer the kubelet.
+    """
+    allowed = limit - max(limit // 4, 64)
+    if client.connections <= allowed:
+        return client
+    _log.warn(
+        "client.connections is {wanted}, but with {limit} descriptors it can be {allowed} at most",
+        wanted=client.connections,
+        limit=limit,
+        allowed=allowed,
+    )
+    return replace(client, connections=allowed)
+
+
 def log_config(options: Options) -> LogConfig:
     """
     Return the log's configuration, with its file where twistd's own would be.
@@ -132,7 +169,8 @@ class ProxyService(Service):
             log_access if config.log.access else None,
             config.client,
         )
-        self.site = StrictSite(self.proxy, config.client, self._reactor)
+        client = within_descriptors(config.client, descriptors())
+        self.site = StrictSite(self.proxy, client, self._reactor)
         admin = make_admin(self.upstreams, lambda: self._closing)
         self.admin = QuietSite(admin, reactor=self._reactor)
         self.site.noisy = False

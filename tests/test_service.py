@@ -15,9 +15,17 @@ from twisted.trial.unittest import TestCase
 from twisted.web.client import Agent, readBody
 
 from strictproxy.config import parse
+from strictproxy.config.model import ClientConfig
 from strictproxy.demo.dns_server import DnsServer
 from strictproxy.scheduling import Address
-from strictproxy.service import Options, ProxyService, log_config, makeService
+from strictproxy.service import (
+    Options,
+    ProxyService,
+    descriptors,
+    log_config,
+    makeService,
+    within_descriptors,
+)
 from tests.harness import ScriptedPod, response
 
 reactor: Any = _reactor
@@ -179,6 +187,14 @@ class ServiceTests(TestCase):
         path.write_text(f"{GOOD}log: {{file: own.log}}\n")
         options.parseOptions(["--config", str(path)])
         self.assertEqual(log_config(options).file, "own.log")
+
+    def test_descriptors(self) -> None:
+        """There are never so many clients that no descriptor is left for pods and probes."""
+        client = ClientConfig(connections=10_000)
+        self.assertIs(within_descriptors(client, 20_000), client)
+        self.assertEqual(within_descriptors(client, 12_000).connections, 9_000)
+        self.assertEqual(within_descriptors(client, 100).connections, 36)
+        self.assertGreater(descriptors(), 100)
 
     def failing(self, function: Any, argument: Any) -> UsageError:
         error: UsageError = self.assertRaises(UsageError, function, argument)  # type: ignore[assignment]
