@@ -28,11 +28,11 @@ from strictproxy.errors import (
     SpoolFailed,
 )
 from strictproxy.forwarding import Forwarding, request_id
-from strictproxy.http.channel import ClientRequest
 from strictproxy.http.heads import Field, RequestHead, ResponseHead
 from strictproxy.http.peer import client_address
 from strictproxy.http.pod_connection import PodConnection
 from strictproxy.http.problems import reason_phrase
+from strictproxy.http.request import ClientRequest
 from strictproxy.http.spool import Spool
 from strictproxy.interfaces import RequestInfo
 from strictproxy.logs import AccessRecord

@@ -23,7 +23,7 @@ from strictproxy.errors import (
 )
 from strictproxy.exchange import Exchange
 from strictproxy.forwarding import Forwarding
-from strictproxy.http.channel import ClientRequest
+from strictproxy.http.request import ClientRequest
 from strictproxy.http.spool import Spool
 from strictproxy.http.timeouts import Timeouts
 from strictproxy.interfaces import IRouter, RequestInfo

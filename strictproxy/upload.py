@@ -13,10 +13,10 @@ from collections.abc import Callable
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from strictproxy.http.channel import ClientRequest
 from strictproxy.http.framing import encode_chunk, encode_last_chunk
 from strictproxy.http.heads import Field
 from strictproxy.http.pod_connection import PodConnection
+from strictproxy.http.request import ClientRequest
 from strictproxy.http.spool import Spool
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from strictproxy.config import reader, schema
+from strictproxy.config import kinds, reader
 from strictproxy.config.model import (
     Config,
     DnsSource,
@@ -88,9 +88,9 @@ def _upstreams(routes: Mapping[str, _Route]) -> Mapping[str, UpstreamConfig]:
 
 def _route(part: Section) -> tuple[Section, _Route]:
     return part, _Route(
-        uri=part.take("uri", schema.url_path),
+        uri=part.take("uri", kinds.url_path),
         limit=part.take("limit", reader.whole(1)),
-        host=part.take("k8s_host", schema.dns_name),
+        host=part.take("k8s_host", kinds.dns_name),
         port=part.take("K8s_port", reader.port),
     )
 

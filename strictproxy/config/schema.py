@@ -8,17 +8,12 @@ What may stand in a configuration file, and what it turns into.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
-from typing import Any, cast
 
 import yaml
-from twisted.internet.endpoints import serverFromString
-from twisted.internet.interfaces import IReactorCore
 
-from strictproxy.config import reader
+from strictproxy.config import kinds, reader
 from strictproxy.config.model import (
     Body,
     CertificateFiles,
@@ -37,17 +32,12 @@ from strictproxy.config.model import (
     QueueConfig,
     RouteConfig,
     RouterConfig,
-    Server,
     Source,
     StaticSource,
     UpstreamConfig,
 )
 from strictproxy.config.reader import Document, Section, Wrong
 from strictproxy.errors import ConfigError
-from strictproxy.scheduling import Address
-
-_LEVELS = ("debug", "info", "warn", "error", "critical")
-_DEFAULT_DNS_PORT = 53
 
 
 class InvalidConfig(ConfigError):
@@ -93,7 +83,7 @@ def parse(content: str, file: str, environ: Mapping[str, str] | None = None) -> 
 
 def _config(top: Section) -> Config:
     listen = top.take("listen", reader.one_or_more(listener))
-    admin = top.take("admin", endpoint, None)
+    admin = top.take("admin", kinds.endpoint, None)
     upstreams = top.take("upstreams", named(_upstream))
     routers: tuple[RouterConfig, ...] = top.take(
         "routers", reader.items(reader.section(_router)), ()
@@ -132,7 +122,7 @@ def _upstream(name: str, part: Section) -> UpstreamConfig:
 
 def _source(part: Section) -> Source:
     dns = part.take("dns", reader.section(_dns), None)
-    static = part.take("static", static_pods, None)
+    static = part.take("static", kinds.static_pods, None)
     if "dns" in part and "static" in part:
         part.note("static", "'dns' and 'static' exclude each other")
     elif "dns" not in part and "static" not in part:
@@ -142,13 +132,13 @@ def _source(part: Section) -> Source:
 
 def _dns(part: Section) -> DnsSource:
     return DnsSource(
-        name=part.take("name", dns_name),
+        name=part.take("name", kinds.dns_name),
         port=part.take("port", reader.port),
         every=part.take("every", reader.duration, DnsSource.every),
         lookups=part.take("lookups", reader.whole(1), DnsSource.lookups),
         interval=part.take("interval", reader.duration, DnsSource.interval),
         retry_after=part.take("retry_after", reader.duration, DnsSource.retry_after),
-        servers=part.take("servers", reader.one_or_more(name_server), ()),
+        servers=part.take("servers", reader.one_or_more(kinds.name_server), ()),
     )
 
 
@@ -175,7 +165,7 @@ def _connections(part: Section) -> PodConnections:
 def _pod_tls(part: Section) -> PodTls:
     return PodTls(
         ca=part.take("ca", reader.text, None),
-        server_name=part.take("server_name", dns_name, None),
+        server_name=part.take("server_name", kinds.dns_name, None),
         client=part.take("client", reader.section(_certificate), None),
     )
 
@@ -191,12 +181,12 @@ def listener(document: Document, node: yaml.Node, path: str) -> ListenConfig:
     """An endpoint, or a mapping of one with its TLS settings."""
     if isinstance(node, yaml.MappingNode):
         return reader.section(_listener)(document, node, path)
-    return ListenConfig(endpoint(document, node, path))
+    return ListenConfig(kinds.endpoint(document, node, path))
 
 
 def _listener(part: Section) -> ListenConfig:
     return ListenConfig(
-        endpoint=part.take("endpoint", endpoint),
+        endpoint=part.take("endpoint", kinds.endpoint),
         tls=part.take("tls", reader.section(_listen_tls), None),
     )
 
@@ -205,7 +195,7 @@ def _listen_tls(part: Section) -> ListenTls:
     return ListenTls(
         certificates=part.take("certificates", certificates),
         client_ca=part.take("client_ca", reader.text, None),
-        min_version=part.take("min_version", tls_version, ListenTls.min_version),
+        min_version=part.take("min_version", kinds.tls_version, ListenTls.min_version),
     )
 
 
@@ -215,14 +205,6 @@ def certificates(document: Document, node: yaml.Node, path: str) -> tuple[Certif
     if not node.value:
         raise Wrong("must not be empty")
     return found
-
-
-def tls_version(document: Document, node: yaml.Node, path: str) -> str:
-    """A version of TLS that is still safe."""
-    _, written = document.scalar(node)
-    if written not in ("1.2", "1.3"):
-        raise Wrong(f"must be 1.2 or 1.3, not {written}")
-    return written
 
 
 # -- routes
@@ -241,22 +223,22 @@ def _route(document: Document, node: yaml.Node, path: str) -> _RouteAt:
 
 def _route_config(part: Section) -> RouteConfig:
     match = Match(
-        path=part.take("path", url_path, None),
-        prefix=part.take("prefix", url_path, None),
-        regex=part.take("regex", regular_expression, None),
-        host=part.take("host", host_pattern, None),
-        methods=frozenset(part.take("methods", reader.one_or_more(method), ())),
-        headers=part.take("headers", named_headers, ()),
+        path=part.take("path", kinds.url_path, None),
+        prefix=part.take("prefix", kinds.url_path, None),
+        regex=part.take("regex", kinds.regular_expression, None),
+        host=part.take("host", kinds.host_pattern, None),
+        methods=frozenset(part.take("methods", reader.one_or_more(kinds.method), ())),
+        headers=part.take("headers", kinds.named_headers, ()),
     )
-    kinds = [kind for kind in ("path", "prefix", "regex") if kind in part]
-    if len(kinds) > 1:
-        part.note(kinds[1], f"{kinds[0]!r} and {kinds[1]!r} exclude each other")
+    given = [key for key in ("path", "prefix", "regex") if key in part]
+    if len(given) > 1:
+        part.note(given[1], f"{given[0]!r} and {given[1]!r} exclude each other")
     if match == Match():
         wanted = ("path", "prefix", "regex", "host", "methods", "headers")
         if not any(key in part for key in wanted):
             part.note(None, f"matches nothing in particular: give one of {', '.join(wanted)}")
     strip = part.take("strip_prefix", reader.boolean, False)
-    replace = part.take("replace_prefix", url_path, None)
+    replace = part.take("replace_prefix", kinds.url_path, None)
     for key in ("strip_prefix", "replace_prefix"):
         if key in part and match.path is None and match.prefix is None:
             part.note(key, "needs 'path' or 'prefix'")
@@ -273,9 +255,9 @@ def _route_config(part: Section) -> RouteConfig:
         ),
         max_body=part.take("max_body", reader.size, None),
         body=part.take("body", reader.choice(Body), Body.STREAM),
-        request_headers=part.take("request_headers", edits, HeaderEdits()),
-        response_headers=part.take("response_headers", edits, HeaderEdits()),
-        retry=frozenset(part.take("retry", reader.one_or_more(method), ())),
+        request_headers=part.take("request_headers", reader.section(_edits), HeaderEdits()),
+        response_headers=part.take("response_headers", reader.section(_edits), HeaderEdits()),
+        retry=frozenset(part.take("retry", reader.one_or_more(kinds.method), ())),
         timeout=part.take("timeout", reader.duration, None),
     )
 
@@ -310,7 +292,7 @@ def check_routes(
 
 def _router(part: Section) -> RouterConfig:
     name = part.take("name", reader.text)
-    return RouterConfig(name, part.take("settings", mapping, {}))
+    return RouterConfig(name, part.take("settings", kinds.mapping, {}))
 
 
 # -- the rest
@@ -331,7 +313,7 @@ def _client(part: Section) -> ClientConfig:
         spool_memory=part.take("spool_memory", reader.size, default.spool_memory),
         spool_directory=part.take("spool_directory", reader.text, default.spool_directory),
         trusted_proxies=part.take(
-            "trusted_proxies", reader.items(network), default.trusted_proxies
+            "trusted_proxies", reader.items(kinds.network), default.trusted_proxies
         ),
         server_timing=part.take("server_timing", reader.boolean, default.server_timing),
     )
@@ -341,13 +323,18 @@ def _log(part: Section) -> LogConfig:
     default = LogConfig()
     return LogConfig(
         format=part.take("format", reader.choice(LogFormat), default.format),
-        level=part.take("level", log_level, default.level),
+        level=part.take("level", kinds.log_level, default.level),
         access=part.take("access", reader.boolean, default.access),
         file=part.take("file", reader.text, default.file),
     )
 
 
-# -- kinds of value that only a proxy has
+def _edits(part: Section) -> HeaderEdits:
+    return HeaderEdits(
+        set=part.take("set", kinds.header_values, ()),
+        add=part.take("add", kinds.header_values, ()),
+        remove=part.take("remove", reader.one_or_more(kinds.header_name), ()),
+    )
 
 
 def named(
@@ -373,185 +360,3 @@ def named(
         return found
 
     return read_all
-
-
-def mapping(document: Document, node: yaml.Node, path: str) -> Mapping[str, Any]:
-    """Plain data, a mapping at its top."""
-    if not isinstance(node, yaml.MappingNode):
-        raise Wrong(f"must be a mapping, not {reader.kind_of(node)}")
-    return cast("Mapping[str, Any]", reader.anything(document, node, path))
-
-
-def _edits(part: Section) -> HeaderEdits:
-    return HeaderEdits(
-        set=part.take("set", header_values, ()),
-        add=part.take("add", header_values, ()),
-        remove=part.take("remove", reader.one_or_more(header_name), ()),
-    )
-
-
-edits: reader.Kind[HeaderEdits] = reader.section(_edits)
-
-#: Fields that say how a message is framed, which is not a route's to say.
-_FRAMING = frozenset(("connection", "content-length", "te", "transfer-encoding", "upgrade"))
-
-
-def header_name(document: Document, node: yaml.Node, path: str) -> str:
-    """The name of a header field (RFC 9110, 5.1) that is not about framing."""
-    written = reader.text(document, node, path)
-    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", written):
-        raise Wrong(f"{written!r} is not a header name")
-    if written.lower() in _FRAMING:
-        raise Wrong(f"{written} frames the message and cannot be changed")
-    return written
-
-
-def header_values(document: Document, node: yaml.Node, path: str) -> tuple[tuple[str, str], ...]:
-    """Header names with the value of each, as they will be sent."""
-    if not isinstance(node, yaml.MappingNode):
-        raise Wrong(f"must be a mapping, not {reader.kind_of(node)}")
-    part = Section(document, node, path)
-    pairs = []
-    for key, _ in node.value:
-        name = header_name(document, key, path)
-        value = part.take(name, reader.text, None)
-        if value is not None and not re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value):
-            raise Wrong(f"the value of {name} has characters that no header may have")
-        pairs.append((name, value or ""))
-    return tuple(pairs)
-
-
-def network(document: Document, node: yaml.Node, path: str) -> IPv4Network | IPv6Network:
-    """An address or a network, as in 10.0.0.0/8."""
-    written = reader.text(document, node, path)
-    try:
-        return ip_network(written)
-    except ValueError as error:
-        raise Wrong(f"not a network such as 10.0.0.0/8: {error}") from None
-
-
-def named_headers(document: Document, node: yaml.Node, path: str) -> tuple[tuple[str, str], ...]:
-    """Header names, lower case, with the value each must have."""
-    if not isinstance(node, yaml.MappingNode):
-        raise Wrong(f"must be a mapping, not {reader.kind_of(node)}")
-    part = Section(document, node, path)
-    pairs = ((name.lower(), part.take(name, reader.text)) for name in part)
-    return tuple(sorted((name, value) for name, value in pairs if value is not None))
-
-
-def endpoint(document: Document, node: yaml.Node, path: str) -> str:
-    """Return a Twisted server endpoint description such as `tcp:8080`, checked but not opened."""
-    written = reader.text(document, node, path)
-    try:
-        serverFromString(_NoReactor(), written)
-    except Exception as error:
-        # Endpoint parsers raise whatever comes their way: a TypeError tells of
-        # their own parameters, which mean nothing to who wrote the file.
-        why = "a part is missing or unknown" if isinstance(error, TypeError) else str(error)
-        raise Wrong(f"{written!r} is not a server endpoint such as tcp:8080: {why}") from None
-    return written
-
-
-class _NoReactor:
-    """Stands in for the reactor where an endpoint is only checked."""
-
-    __provides__ = IReactorCore
-
-
-def split_host_port(written: str, default_port: int | None = None) -> tuple[str, int]:
-    """
-    Split `host:port`, `[v6]:port`, or a bare host if there is a default port.
-
-    :raise Wrong: it is none of these.
-    """
-    match = re.fullmatch(r"(?:\[([^\]\s]+)\]|([^:\s\[\]/]+))(?::(\d{1,5}))?", written)
-    if match is None or (match[3] is None and default_port is None):
-        raise Wrong(f"{written!r} is not host:port")
-    if match[1] is not None:
-        try:
-            ip_address(match[1])
-        except ValueError:
-            raise Wrong(f"{match[1]!r} is not an IPv6 address") from None
-    number = default_port if match[3] is None else int(match[3])
-    if number is None or not 1 <= number <= 65535:
-        raise Wrong(f"port must be from 1 to 65535, not {match[3]}")
-    return match[1] or match[2], number
-
-
-def pod_address(document: Document, node: yaml.Node, path: str) -> Address:
-    """`host:port` of a pod."""
-    return Address(*split_host_port(reader.text(document, node, path)))
-
-
-def static_pods(document: Document, node: yaml.Node, path: str) -> StaticSource:
-    """A list of pods, or a single one."""
-    pods = reader.one_or_more(pod_address)(document, node, path)
-    for pod in pods:
-        if pods.count(pod) > 1:
-            raise Wrong(f"{pod} is given more than once")
-    return StaticSource(pods)
-
-
-def name_server(document: Document, node: yaml.Node, path: str) -> Server:
-    """`address[:port]` of a DNS server."""
-    host, number = split_host_port(reader.text(document, node, path), _DEFAULT_DNS_PORT)
-    try:
-        ip_address(host)
-    except ValueError:
-        raise Wrong(f"a name server is given by its IP address, not {host!r}") from None
-    return host, number
-
-
-def dns_name(document: Document, node: yaml.Node, path: str) -> str:
-    """A host name (RFC 1123, with the underscores that Kubernetes' own names may have)."""
-    written = reader.text(document, node, path)
-    labels = written.removesuffix(".").split(".")
-    good = all(re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?", x) for x in labels)
-    if not good or len(written) > 253:
-        raise Wrong(f"{written!r} is not a DNS name")
-    return written
-
-
-def url_path(document: Document, node: yaml.Node, path: str) -> str:
-    """A path that starts with a slash and has no query."""
-    written = reader.text(document, node, path)
-    if not written.startswith("/"):
-        raise Wrong(f"must start with '/', not {written!r}")
-    if "?" in written or "#" in written:
-        raise Wrong("must be a path alone: the query string takes no part in routing")
-    return written
-
-
-def regular_expression(document: Document, node: yaml.Node, path: str) -> str:
-    """A regular expression as Python's `re` has them."""
-    written = reader.text(document, node, path)
-    try:
-        re.compile(written)
-    except re.error as error:
-        raise Wrong(f"not a regular expression: {error}") from None
-    return written
-
-
-def host_pattern(document: Document, node: yaml.Node, path: str) -> str:
-    """A host name, or `*.suffix`."""
-    written = reader.text(document, node, path).lower()
-    name = written.removeprefix("*.")
-    if "*" in name or ":" in name or "/" in name or name.startswith("."):
-        raise Wrong(f"{written!r} is neither a host name nor *.suffix (and takes no port)")
-    return written
-
-
-def method(document: Document, node: yaml.Node, path: str) -> str:
-    """A request method (RFC 9110, 9.1: case-sensitive)."""
-    written = reader.text(document, node, path)
-    if not re.fullmatch(r"[A-Z][A-Z-]*", written):
-        raise Wrong(f"{written!r} is not a request method such as GET")
-    return written
-
-
-def log_level(document: Document, node: yaml.Node, path: str) -> str:
-    """One of twisted.logger's levels."""
-    written = reader.text(document, node, path).lower()
-    if written not in _LEVELS:
-        raise Wrong(f"must be one of {', '.join(_LEVELS)}, not {written!r}")
-    return written
