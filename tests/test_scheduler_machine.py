@@ -340,4 +340,4 @@ class SchedulerPromises(SchedulerMachine.TestCase):  # type: ignore[misc,name-de
         print(
             f"\nscheduler machine: every promise checked after each of {SchedulerMachine.steps} steps"
         )
-        self.assertGreater(SchedulerMachine.steps, 5000)
+        self.assertGreater(steps, 5000)
