@@ -337,7 +337,6 @@ class SchedulerPromises(SchedulerMachine.TestCase):  # type: ignore[misc,name-de
     def test_promises(self) -> None:
         """No sequence of events breaks a promise."""
         self.runTest()
-        print(
-            f"\nscheduler machine: every promise checked after each of {SchedulerMachine.steps} steps"
-        )
+        steps = SchedulerMachine.steps
+        print(f"\nscheduler machine: every promise checked after each of {steps} steps")
         self.assertGreater(steps, 5000)
