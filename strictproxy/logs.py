@@ -152,7 +152,7 @@ def make_observer(config: LogConfig) -> ILogObserver:
     stream: IO[str] = sys.stdout
     if config.file is not None:
         try:
-            stream = open(config.file, "a", encoding="utf-8")  # noqa: SIM115
+            stream = open(config.file, "a", encoding="utf-8")  # noqa: SIM115  # open as long as we run
         except OSError as error:
             raise ConfigError(f"log.file: {config.file}: {error.strerror}") from error
     format_event = format_json if config.format is LogFormat.JSON else format_text

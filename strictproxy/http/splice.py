@@ -88,7 +88,7 @@ class Splice:
         self._in_pipe = 0
         self._pipe = _pipes.pop() if _pipes else _make_pipe()
         self.running = True
-        source.doRead = self._read  # type: ignore[method-assign]
+        source.doRead = self._read  # type: ignore[method-assign]  # borrowed until stop
 
     def stop(self) -> None:
         """Give the transports back; bytes still in the pipe are lost with it."""
@@ -141,7 +141,7 @@ class Splice:
                 if not self._holding:
                     self._holding = True
                     self._source.stopReading()
-                    self._dest.doWrite = self._write  # type: ignore[method-assign]
+                    self._dest.doWrite = self._write  # type: ignore[method-assign]  # borrowed
                     self._dest.startWriting()
                     self._held(True)
                 return

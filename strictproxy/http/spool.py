@@ -139,7 +139,7 @@ class Spool:
     def _append(self, data: bytes) -> None:
         # In a thread, the only one at work on the file.
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115  # closed by close()
         self._file.write(data)
         self._file.flush()
 
