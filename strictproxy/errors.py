@@ -122,6 +122,14 @@ class SpoolFailed(ProxyError):
     title = "The request's body could not be stored"
 
 
+class TooManyConnections(ProxyError):
+    """As many clients are connected as may be."""
+
+    status = 503
+    reason = "too_many_connections"
+    title = "Too many clients are connected"
+
+
 class ShuttingDown(ProxyError):
     """The proxy is stopping and takes nothing new."""
 

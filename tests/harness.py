@@ -6,6 +6,7 @@ Sockets are real; time is a `Clock`, so that nothing here waits for a time-out.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ from strictproxy.config.model import (
     UpstreamConfig,
 )
 from strictproxy.discovery.static import StaticDiscovery
+from strictproxy.http import transport
+from strictproxy.http.outbox import Outbox
 from strictproxy.http.site import StrictSite
 from strictproxy.interfaces import IRouter
 from strictproxy.logs import AccessRecord
@@ -169,7 +172,11 @@ class ProxyTestCase(TestCase):
 
     timeout = 30
 
+    #: keep every write until the reactor's turn ends, as under load
+    keeps_writes = False
+
     def setUp(self) -> None:
+        self.keep_writes(self.keeps_writes)
         # A random id could contain what a test waits for.
         self.patch(forwarding, "getrandbits", lambda _: int("e" * 32, 16))
         self.clock = Clock()
@@ -178,6 +185,10 @@ class ProxyTestCase(TestCase):
         self.wires: list[Wire] = []
         self.ports: list[Any] = []
         self.addCleanup(self.shut_down)
+
+    def keep_writes(self, keep: bool) -> None:
+        """Keep every write until the reactor's turn ends, or send each at once."""
+        self.patch(transport, "_outbox", Outbox(worth=0 if keep else sys.maxsize))
 
     def start(
         self,

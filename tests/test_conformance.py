@@ -386,6 +386,7 @@ def _add(number: int, case: Sent | Answered) -> None:
     for how, cut in (("whole", False), ("cut", True)):
 
         async def test(self: ConformanceTests, cut: bool = cut) -> None:
+            self.keep_writes(cut)
             if isinstance(case, Sent):
                 await self.run_request(case, cut)
             else:

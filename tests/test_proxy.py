@@ -756,15 +756,27 @@ class RefusalTests(ProxyTestCase):
         self.assertEqual(await used.end(), b"")
 
     async def test_too_many_connections(self) -> None:
-        """Connections past the limit are closed; those there are go on."""
+        """Connections past the limit are told so, or closed if they are many; others go on."""
         self.start(client=ClientConfig(connections=1))
         first = await self.client(request("/a"))
         pod = await self.pods[0].connection()
         await pod.has(b"/a")
         second = await self.client(request("/b"))
-        self.assertEqual(await second.end(), b"")
+        answer = await second.end()
+        self.assertTrue(answer.startswith(b"HTTP/1.1 503 "), answer)
+        self.assertIn(b"X-Strictproxy-Reason: too_many_connections\r\n", answer)
+        many = [await self.client() for _ in range(64)]
+        third = await self.client(request("/c"))
+        self.assertEqual(await third.end(), b"")
+        for wire in many:
+            wire.reset()
         pod.send(response(b"a"))
         await first.has(b"\r\n\r\na")
+        await self.settled(lambda: len(self.site.channels) == 1, "the surplus is gone")
+        first.close()
+        await self.settled(lambda: not self.site.channels, "there is room again")
+        await self.client(request("/d"))
+        await pod.has(b"/d")
 
 
 class Tenants:

@@ -164,7 +164,9 @@ def _add(name: str, script: list[Step]) -> None:
                 open_before = len(os.listdir("/proc/self/fd"))
                 for count in range(len(script) + 1):
                     for on_disconnect in OnDisconnect:
-                        await self.play(script[:count], who, how, on_disconnect)
+                        for keep in (False, True):
+                            self.keep_writes(keep)
+                            await self.play(script[:count], who, how, on_disconnect)
                 del self.site
                 # Pipes and the hang-up watch are kept for the next time.
                 kept = 2 * len(splice._pipes) + 2

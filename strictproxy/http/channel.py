@@ -28,6 +28,7 @@ from strictproxy.errors import (
     HeadersTooLarge,
     ProxyError,
     TargetTooLong,
+    TooManyConnections,
 )
 from strictproxy.http import splice
 from strictproxy.http.framing import (
@@ -44,7 +45,14 @@ from strictproxy.http.peer import Peer
 from strictproxy.http.problems import problem_body, problem_fields, reason_phrase
 from strictproxy.http.request import ClientRequest
 from strictproxy.http.tls import is_secure
-from strictproxy.http.transport import IStreamTransport, end_output, write_now
+from strictproxy.http.transport import (
+    IStreamTransport,
+    abort,
+    close,
+    end_output,
+    is_plain,
+    write_now,
+)
 
 if TYPE_CHECKING:
     from strictproxy.http.site import StrictSite
@@ -57,12 +65,17 @@ _MAX_PIPELINED = 64 * 1024
 
 @implementer(IPushProducer, IHalfCloseableProtocol)
 class ServerChannel(TwistedProtocol):
-    """One client connection."""
+    """
+    One client connection.
+
+    :param surplus: there are too many: its first request is refused.
+    """
 
     transport: IStreamTransport
 
-    def __init__(self, site: StrictSite) -> None:
+    def __init__(self, site: StrictSite, *, surplus: bool = False) -> None:
         self.site = site
+        self._surplus = surplus
         self.keep_alive = True
         self._peer: Peer | None = None
         self._buffer = b""
@@ -122,13 +135,13 @@ class ServerChannel(TwistedProtocol):
 
     def abort(self) -> None:
         """Close without waiting for what is still to be written."""
-        self.transport.abortConnection()
+        abort(self.transport)
 
     def close(self) -> None:
         """Close once everything written has been sent."""
         # A paused producer would keep the transport from closing.
         self.transport.unregisterProducer()
-        self.transport.loseConnection()
+        close(self.transport)
 
     # -- writing
 
@@ -175,7 +188,7 @@ class ServerChannel(TwistedProtocol):
             splice.SUPPORTED
             and isinstance(reader, LengthReader)
             and reader.remaining > splice.THRESHOLD
-            and splice.is_plain(dest)
+            and is_plain(dest)
             and isinstance(self.transport, Connection)
             and not self.transport.TLS
         ):
@@ -218,7 +231,10 @@ class ServerChannel(TwistedProtocol):
                 self.site.keepalive_timeouts.stop(self)
                 self.site.header_timeouts.start(self, self.site.now())
             self._buffer = data
-            self._read_requests()
+            if self._surplus:
+                self.refuse(TooManyConnections("no more connections are taken at the moment"))
+            else:
+                self._read_requests()
 
     def _read_requests(self) -> None:
         """Start every request whose head is in the buffer, one after another."""

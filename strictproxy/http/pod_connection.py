@@ -24,7 +24,14 @@ from strictproxy.errors import (
 from strictproxy.http import splice
 from strictproxy.http.framing import BodyReader, ChunkedReader, LengthReader, UntilCloseReader
 from strictproxy.http.heads import END_OF_HEAD, Field, ResponseHead, parse_response_head
-from strictproxy.http.transport import IStreamTransport, end_output, write_now
+from strictproxy.http.transport import (
+    IStreamTransport,
+    abort,
+    close,
+    end_output,
+    is_plain,
+    write_now,
+)
 from strictproxy.scheduling import Address
 
 if TYPE_CHECKING:
@@ -154,8 +161,8 @@ class PodConnection(TwistedProtocol):
             splice.SUPPORTED
             and isinstance(reader, LengthReader)
             and reader.remaining > splice.THRESHOLD
-            and splice.is_plain(dest)
-            and splice.is_plain(self.transport)
+            and is_plain(dest)
+            and is_plain(self.transport)
         ):
 
             def note(count: int) -> None:
@@ -183,7 +190,7 @@ class PodConnection(TwistedProtocol):
         self.handler = None
         self._stop_splice()
         if not self.lost:
-            self.transport.abortConnection()
+            abort(self.transport)
 
     def end_output(self) -> None:
         """After an upgrade: send nothing more; the pod may go on."""
@@ -196,7 +203,7 @@ class PodConnection(TwistedProtocol):
         if not self.lost:
             # A paused producer would keep the transport from closing.
             self.transport.unregisterProducer()
-            self.transport.loseConnection()
+            close(self.transport)
 
     # -- the transport's side
 
@@ -223,9 +230,9 @@ class PodConnection(TwistedProtocol):
         if self._switched and self.handler is not None:
             self.handler.pod_half_closed()
         elif self._reader is not None and self._reader.end_of_input():
-            self.transport.loseConnection()
+            close(self.transport)
         else:
-            self.transport.abortConnection()
+            abort(self.transport)
 
     def writeConnectionLost(self) -> None:
         """Our own half-close is complete; nothing to do."""
@@ -250,7 +257,7 @@ class PodConnection(TwistedProtocol):
         """Take bytes from the pod."""
         if self.handler is None:
             # Nobody asked: whatever it is, the next request must not get it.
-            self.transport.abortConnection()
+            abort(self.transport)
         elif self._reader is not None:
             self._read_body(self.handler, self._reader, data)
         else:

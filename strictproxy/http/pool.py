@@ -19,6 +19,7 @@ from twisted.internet.tcp import Connection
 from strictproxy.config.model import PodConnections
 from strictproxy.http.pod_connection import PodConnection
 from strictproxy.http.timeouts import Timeouts
+from strictproxy.http.transport import abort
 from strictproxy.scheduling import Address
 
 #: Makes the endpoint that connects to a pod within so many seconds.
@@ -135,7 +136,7 @@ class PodPool:
     def stop(self) -> None:
         """Close every connection, busy ones too."""
         for connection in list(self._open):
-            connection.transport.abortConnection()
+            abort(connection.transport)
 
     @property
     def idle(self) -> int:

@@ -31,6 +31,8 @@ _log = Logger()
 _SWEEP = 0.5
 #: After an answer that ends the connection, the client may take so long to read it.
 _LINGER = 5.0
+#: Connections past the limit that are open for as long as it takes to say so.
+_TURNED_AWAY = 64
 
 
 class StrictSite(Site):
@@ -92,11 +94,13 @@ class StrictSite(Site):
     def buildProtocol(  # type: ignore[override]  # not a stock channel, on purpose
         self, addr: IAddress | None
     ) -> Protocol | None:
-        """Take a connection, or drop it if there are too many."""
-        if len(self.channels) >= self.max_channels:
+        """Take a connection; past the limit a few get an answer that says so, more get none."""
+        surplus = len(self.channels) >= self.max_channels
+        if surplus:
             _log.warn("connection refused: {count} are open", count=len(self.channels))
-            return None
-        channel = ServerChannel(self)
+            if len(self.channels) >= self.max_channels + _TURNED_AWAY:
+                return None
+        channel = ServerChannel(self, surplus=surplus)
         channel.factory = self
         return channel
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import ITransport
 from twisted.internet.main import CONNECTION_DONE
 from twisted.internet.tcp import Connection
 
@@ -37,25 +36,13 @@ Pipe = tuple[int, int]
 _pipes: list[Pipe] = []
 
 
-def is_plain(transport: ITransport) -> bool:
-    """Whether a transport's socket carries the stream itself, with nothing buffered before it."""
-    return (
-        isinstance(transport, Connection)
-        and not transport.TLS
-        and bool(transport.connected)
-        and not transport.disconnecting
-        and not transport.dataBuffer
-        and not transport._tempDataBuffer
-    )
-
-
 class Splice:
     """
     Moves `count` bytes from one transport to the other.
 
-    Both must be plain (`is_plain`). `moved` is told of bytes taken from the
-    source, and `held` when the destination makes the source wait, and when it
-    no longer does. When all have arrived, or on `stop`, the transports are as
+    Both must be plain, as `is_plain` has it. `moved` is told of bytes taken
+    from the source, and `held` when the destination makes the source wait, and
+    when it no longer does. When all have arrived, or on `stop`, the transports are as
     they were. A lost connection is left to its transport to find.
     """
 
