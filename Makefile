@@ -52,6 +52,7 @@ bench: $(VENV)/.dev system-packages
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends haproxy wrk >/dev/null; fi
 	$(BIN)/python benchmarks/scheduling.py
 	PATH="$(abspath $(BIN)):/usr/sbin:$$PATH" PYTHONPATH=. $(BIN)/python benchmarks/peers.py
+	PATH="$(abspath $(BIN)):/usr/sbin:$$PATH" PYTHONPATH=. $(BIN)/python benchmarks/queueing.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

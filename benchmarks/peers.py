@@ -11,6 +11,7 @@ not installed are left out, and said to be.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -278,12 +279,22 @@ def waiting(proxy: Proxy, count: int) -> None:
         client.close()
 
 
+def describe_machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
 def start(name: str, folder: Path, a: int, b: int) -> Proxy | None:
-    command = COMMANDS[name]
     port = free_port()
-    config = folder / f"{name}-{port}.yaml"  # Envoy goes by the ending
     user = "user root;" if os.geteuid() == 0 else ""
-    config.write_text(CONFIGS[name].format(port=port, a=a, b=b, folder=folder, user=user))
+    text = CONFIGS[name].format(port=port, a=a, b=b, folder=folder, user=user)
+    return launch(name, text, port, folder)
+
+
+def launch(name: str, text: str, port: int, folder: Path) -> Proxy | None:
+    """Start a proxy, on the first core, with a configuration that makes it listen on `port`."""
+    command = COMMANDS[name]
+    config = folder / f"{name}-{port}.yaml"  # Envoy goes by the ending
+    config.write_text(text)
     if shutil.which(command("")[0]) is None:
         print(f"{name} is not installed: left out")
         return None
@@ -321,6 +332,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--seconds", type=int, default=4)
     arguments.add_argument("--waiting", type=int, default=5000)
+    arguments.add_argument("--json", type=Path, help="write every median there")
     chosen = arguments.parse_args()
     os.sched_setaffinity(0, {1})
     folder = Path(tempfile.mkdtemp(prefix="strictproxy-bench-"))
@@ -338,7 +350,7 @@ def main() -> None:
     wait_for_port(a)
     wait_for_port(upload)
     wait_for_port(upload_too)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(describe_machine())
     proxies: list[Proxy] = []
     try:
         proxies = [each for name in CONFIGS if (each := start(name, folder, a, b)) is not None]
@@ -378,6 +390,12 @@ def main() -> None:
                 if proxy.name == measured.name:
                     proxy.results.update(measured.results)
         table(proxies)
+        if chosen.json:
+            medians = {
+                proxy.name: {what: statistics.median(v) for what, v in proxy.results.items()}
+                for proxy in proxies
+            }
+            chosen.json.write_text(json.dumps(medians, indent=1))
     finally:
         for child in [*children, *(proxy.process for proxy in proxies)]:
             if child.poll() is None:
