@@ -179,6 +179,13 @@ class StaleConnection(PodDisconnected):
     retry_elsewhere = True
 
 
+class PodGone(PodError):
+    """The pod left discovery, and the request took longer than its `drain_timeout` since."""
+
+    reason = "pod_gone"
+    title = "The pod is gone"
+
+
 class BadResponse(PodError):
     """The pod's answer is not valid HTTP/1.1."""
 

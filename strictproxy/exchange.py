@@ -226,8 +226,10 @@ class Exchange:
         self._connecting = None
         if self._finished:
             connection.abort()
-        else:
-            self._forward(connection)
+            return
+        if self._upstream is not None:
+            self._upstream.reached(connection.address)
+        self._forward(connection)
 
     def _not_connected(self, failure: Failure) -> None:
         """Move to another pod: this one has not seen the request."""
@@ -243,6 +245,7 @@ class Exchange:
             reason=failure.getErrorMessage(),
         )
         self._lease = None
+        upstream.unreachable(lease.address, failure.getErrorMessage())
         try:
             self._wait(upstream.move(lease))
         except PodsExhausted as error:
@@ -323,6 +326,7 @@ class Exchange:
         if ended:
             self._connection = None
             self._release_lease()
+        self._judge(head)
         request = self._request
         early = not request.body_ended and (ended or head.status >= 400)
         if early and request.channel is not None:
@@ -343,6 +347,20 @@ class Exchange:
             self._finish()
         else:
             self._splice_response()
+
+    def _judge(self, head: ResponseHead) -> None:
+        """Tell the upstream how its pod did."""
+        upstream, route, pod = self._upstream, self.route, self.pod
+        if upstream is None or route is None or pod is None:
+            return
+        if head.status in route.failures:
+            upstream.failed(pod, f"it answered with {head.status}")
+        else:
+            upstream.answered(pod)
+        if upstream.limit_header is not None:
+            said = head.get(upstream.limit_header)
+            if said is not None:
+                upstream.said_limit(pod, said)
 
     def _splice_response(self) -> None:
         """Take large bodies out of Python's hands, where that is possible."""
@@ -407,6 +425,8 @@ class Exchange:
         """Try again if the pod certainly did not see the request, else answer with the error."""
         self._connection = None
         lease, upstream, route, upload = self._lease, self._upstream, self.route, self._upload
+        if upstream is not None and self.pod is not None and not error.retry_elsewhere:
+            upstream.failed(self.pod, str(error))
         if upload is None or not upload.repeatable or lease is None or self._tunnel:
             self._fail(error)
             return

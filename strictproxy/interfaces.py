@@ -116,3 +116,6 @@ class IDiscovery(Interface):
 
     def look_now() -> None:
         """Look at once: somebody has reason to believe that the set has changed."""
+
+    def state() -> object:
+        """Return a `StabilityState`: what is believed and why; or None if nothing is to tell."""

@@ -1,25 +1,49 @@
 """
 An upstream at work: scheduler, discovery and connections, held together by a clock.
 
-Owns the one timer that turns away those who waited too long. Everything that
-decides is in `strictproxy.scheduling`; everything that talks is in
-`strictproxy.http` and `strictproxy.discovery`.
+Owns the timers that turn away those who waited too long, put pods on trial and
+end what runs too long on a pod that is gone. Everything that decides is in
+`strictproxy.scheduling`; everything that talks is in `strictproxy.http` and
+`strictproxy.discovery`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Protocol, cast
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
 from strictproxy.config.model import RouteConfig, UpstreamConfig
+from strictproxy.discovery.stability import StabilityState
+from strictproxy.errors import PodGone, ProxyError
 from strictproxy.http.pool import EndpointFor, PodPool
 from strictproxy.interfaces import IDiscovery
-from strictproxy.scheduling import Address, Lease, Scheduler, SchedulerState
+from strictproxy.scheduling import (
+    Address,
+    Health,
+    Hold,
+    Lease,
+    PodState,
+    Scheduler,
+    SchedulerState,
+    Standing,
+)
+from strictproxy.snapshot import PodCondition, PodSnapshot, UpstreamSnapshot
 
 _log = Logger()
+
+#: More than this in a header is a mistake, not a limit.
+_MOST_SAID = 100_000
+
+
+class LeaseOwner(Protocol):
+    """Whoever acquires a lease here."""
+
+    def abandon(self, error: ProxyError) -> None:
+        """End at once, with an error for the client."""
 
 
 class Upstream:
@@ -41,6 +65,9 @@ class Upstream:
         self.config = config
         self.discovery = discovery
         self.pool = PodPool(endpoint_for, config.connections, clock)
+        self.health = Health(config.health)
+        #: the response header by which pods tell their limit, lower case
+        self.limit_header = config.limit_header.lower().encode() if config.limit_header else None
         self._clock = clock
         now = clock.seconds()
         self.scheduler = Scheduler(
@@ -55,7 +82,15 @@ class Upstream:
                 self.scheduler.set_route_limit(route.name, route.limit, now)
         #: discovery has published a set at least once
         self.trusted = False
+        self._known: frozenset[Address] = frozenset()
+        self._drained: set[Address] = set()
+        self._limits = dict(config.pod_limits)
+        #: limits that pods told by `limit_header`
+        self._said: dict[Address, int] = {}
+        #: since when pods are gone that still run requests
+        self._gone: dict[Address, float] = {}
         self._timer: IDelayedCall | None = None
+        self._pod_timer: IDelayedCall | None = None
 
     def start(self) -> None:
         """Begin to learn pods."""
@@ -65,12 +100,15 @@ class Upstream:
         """Stop learning pods, and close the connections to them."""
         self.discovery.stop()
         self.pool.stop()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._pod_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._pod_timer = None
+
+    # -- leases
 
     def acquire(
-        self, route: str, allowed: frozenset[Address] | None, owner: object
+        self, route: str, allowed: frozenset[Address] | None, owner: LeaseOwner
     ) -> Lease | Deferred[Lease]:
         """Take a slot, or wait for one; see `Scheduler.acquire`."""
         result = self.scheduler.acquire(route, self._clock.seconds(), allowed, owner)
@@ -80,8 +118,6 @@ class Upstream:
 
     def move(self, lease: Lease) -> Deferred[Lease]:
         """Give up a lease for one on another pod; see `Scheduler.move`."""
-        # Whoever cannot connect may know before discovery does.
-        self.discovery.look_now()
         result = self.scheduler.move(lease, self._clock.seconds())
         if self._timer is None:
             self._set_timer()
@@ -91,17 +127,171 @@ class Upstream:
         """End a lease; see `Scheduler.release`."""
         self.scheduler.release(lease, self._clock.seconds())
 
+    # -- how pods do
+
+    def reached(self, address: Address) -> None:
+        """Note that a connection to a pod was made."""
+        if self.health.reached(address):
+            self._standings_changed(address)
+
+    def unreachable(self, address: Address, error: str) -> None:
+        """Note that a connection to a pod could not be made; discovery may not know yet."""
+        self.discovery.look_now()
+        if self.health.unreachable(address, self._clock.seconds(), error):
+            self._standings_changed(address)
+
+    def answered(self, address: Address) -> None:
+        """Note that a pod answered a request well."""
+        if self.health.succeeded(address):
+            self._standings_changed(address)
+
+    def failed(self, address: Address, error: str) -> None:
+        """Note that a pod failed a request that it had received."""
+        if self.health.failed(address, self._clock.seconds(), error):
+            self._standings_changed(address)
+
+    def said_limit(self, address: Address, value: bytes) -> None:
+        """Take a pod's own word for how many requests it may have; nonsense is ignored."""
+        if not value.isdigit() or not 1 <= int(value) <= _MOST_SAID:
+            _log.warn("{pod}: its limit is no limit: {value}", pod=address, value=value)
+        elif address in self._known and self._said.get(address) != int(value):
+            self._said[address] = int(value)
+            _log.info("{pod}: its limit is {limit}, it says", pod=address, limit=int(value))
+            self._apply()
+
+    def drain(self, address: Address) -> bool:
+        """
+        Give a pod nothing new until `undrain`, or until discovery forgets it.
+
+        :return: False if there is no such pod.
+        """
+        if address not in self._known:
+            return False
+        self._drained.add(address)
+        _log.info("{upstream}: {pod} is drained", upstream=self.name, pod=address)
+        self._apply()
+        return True
+
+    def undrain(self, address: Address) -> bool:
+        """Let a drained pod take requests again. Returns False if it was not drained."""
+        if address not in self._drained:
+            return False
+        self._drained.discard(address)
+        _log.info("{upstream}: {pod} is drained no more", upstream=self.name, pod=address)
+        self._apply()
+        return True
+
+    # -- looking in
+
     def state(self) -> SchedulerState:
-        """Return a snapshot."""
+        """Return the scheduler's part of `snapshot`."""
         return self.scheduler.state()
 
     def pods(self) -> Collection[Address]:
         """Return the pods that are known now."""
-        return [pod.address for pod in self.scheduler.state().pods if pod.known]
+        return sorted(self._known)
+
+    def snapshot(self) -> UpstreamSnapshot:
+        """Return everything about the upstream; it shares nothing with it."""
+        state = self.scheduler.state()
+        return UpstreamSnapshot(
+            self.name,
+            self.trusted,
+            tuple(map(self._pod_snapshot, state.pods)),
+            state.waiting,
+            state.running,
+            state.slots,
+            cast("StabilityState | None", self.discovery.state()),
+        )
+
+    def _pod_snapshot(self, pod: PodState) -> PodSnapshot:
+        record = self.health.record(pod.address)
+        if not pod.known:
+            condition = PodCondition.REMOVED
+        elif pod.hold is not None:
+            condition = PodCondition(pod.hold.value)
+        elif record is not None and record.standing is Standing.TRIAL:
+            condition = PodCondition.TRIAL
+        else:
+            condition = PodCondition.READY
+        trial_in = None
+        if record is not None and condition is PodCondition.UNHEALTHY and not record.checked_down:
+            trial_in = max(0.0, record.until - self._clock.seconds())
+        return PodSnapshot(
+            pod.address,
+            condition,
+            pod.leases,
+            pod.limit,
+            0 if record is None else record.failures,
+            trial_in,
+            None if record is None else record.error,
+        )
+
+    # -- inside: pods
+
+    def _standings_changed(self, address: Address) -> None:
+        record = self.health.record(address)
+        if record is not None:
+            aside = record.standing is Standing.ASIDE
+            _log.warn(
+                "{upstream}: {pod} is {what}",
+                upstream=self.name,
+                pod=address,
+                what=f"put aside: {record.error}" if aside else "healthy again",
+            )
+        self._apply()
+
+    def _apply(self) -> None:
+        """Let the scheduler know what each pod may have."""
+        now = self._clock.seconds()
+        full, health = self.config.limit, self.health
+        limits = {
+            address: health.limit(
+                address, self._said.get(address, self._limits.get(address, full)), now
+            )
+            for address in self._known
+        }
+        holds = {address: Hold.UNHEALTHY for address in self._known if health.is_aside(address)}
+        holds.update(dict.fromkeys(self._drained, Hold.DRAINED))
+        # In this order: a pod on trial has its limit before it takes anything.
+        self.scheduler.set_limit(full, now, limits)
+        self.scheduler.set_holds(holds, now)
+        self._set_timer()
+        self._set_pod_timer()
+
+    def _set_pod_timer(self) -> None:
+        if self._pod_timer is not None:
+            self._pod_timer.cancel()
+            self._pod_timer = None
+        now = self._clock.seconds()
+        times = (
+            []
+            if self.config.drain_timeout is None
+            else [since + self.config.drain_timeout for since in self._gone.values()]
+        )
+        change = self.health.next_change(now)
+        if change is not None:
+            times.append(change)
+        if times:
+            self._pod_timer = self._clock.callLater(max(0.0, min(times) - now), self._pods_due)
+
+    def _pods_due(self) -> None:
+        self._pod_timer = None
+        now = self._clock.seconds()
+        self.health.advance(now)
+        timeout = self.config.drain_timeout
+        for address, since in list(self._gone.items()):
+            if timeout is not None and since + timeout <= now:
+                del self._gone[address]
+                for lease in self.scheduler.leases_on(address):
+                    owner = cast("LeaseOwner", lease.ticket.owner)
+                    owner.abandon(PodGone(f"{address} has been gone for {timeout:g} s"))
+        self._apply()
 
     def _publish(self, addresses: Collection[Address]) -> None:
-        before = set(self.pods())
-        after = set(addresses)
+        before = self._known
+        after = frozenset(addresses)
+        now = self._clock.seconds()
         if before != after or not self.trusted:
             _log.info(
                 "{upstream}: {count} pods; new: {added}; gone: {removed}",
@@ -110,11 +300,31 @@ class Upstream:
                 added=", ".join(map(str, sorted(after - before))) or "none",
                 removed=", ".join(map(str, sorted(before - after))) or "none",
             )
+        if len(before) > 2 * len(after):
+            _log.warn(
+                "{upstream}: more than half of the pods are gone: {before} before, {after} now",
+                upstream=self.name,
+                before=len(before),
+                after=len(after),
+            )
+        self._known = after
+        self.health.set_pods(addresses, now, first=not self.trusted)
         self.trusted = True
-        self.scheduler.set_pods(addresses, self._clock.seconds())
+        self._drained &= after
+        self._said = {pod: limit for pod, limit in self._said.items() if pod in after}
+        for address in before - after:
+            if self.scheduler.leases_on(address):
+                self._gone[address] = now
+        for address in after:
+            self._gone.pop(address, None)
+        # What new pods may have comes before they do.
+        self._apply()
+        self.scheduler.set_pods(addresses, now)
         self.pool.retain(after)
         # With the last pod gone, or the first one there, deadlines are others.
         self._set_timer()
+
+    # -- inside: the line
 
     def _set_timer(self) -> None:
         if self._timer is not None:

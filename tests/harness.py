@@ -201,6 +201,8 @@ class ProxyTestCase(TestCase):
         routes: list[RouteConfig] | None = None,
         routers: list[tuple[str, IRouter]] | None = None,
         static: list[Address] | None = None,
+        limit_header: str | None = None,
+        drain_timeout: float | None = None,
     ) -> None:
         """Start pods, and a proxy in front of them."""
         self.pods = [ScriptedPod() for _ in range(pods)]
@@ -213,6 +215,8 @@ class ProxyTestCase(TestCase):
             limit,
             queue or QueueConfig(),
             connections or PodConnections(),
+            limit_header=limit_header,
+            drain_timeout=drain_timeout,
         )
         self.upstream = Upstream(
             config,

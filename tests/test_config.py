@@ -29,7 +29,7 @@ from strictproxy.config.model import (
 )
 from strictproxy.config.units import parse_duration, parse_size
 from strictproxy.errors import ConfigError
-from strictproxy.scheduling import Address
+from strictproxy.scheduling import Address, HealthPolicy
 
 TOP = """\
 listen: tcp:8080
@@ -714,3 +714,37 @@ class UnitTests(SynchronousTestCase):
         """Sizes in both kinds of unit."""
         for text, size in {"64KiB": 65536, "1 MB": 10**6, "3B": 3, "1.5GiB": 3 * 2**29}.items():
             self.assertEqual(parse_size(text), size)
+
+
+class HealthKeysTests(SynchronousTestCase):
+    """The keys about pods that fail, and about pods' own limits."""
+
+    def read(self, *lines: str, route: str = "") -> Config:
+        upstream = "".join(f"    {line}\n" for line in ("static: [a:1]", *lines))
+        text = f"listen: tcp:1\nupstreams:\n  u:\n{upstream}routes: [{{prefix: /, upstream: u{route}}}]\n"
+        return parse(text, "f", {})
+
+    def test_read(self) -> None:
+        config = self.read(
+            "pod_limits: {'a:1': 3}",
+            "limit_header: X-Limit",
+            "drain_timeout: 1m",
+            "health: {failures: 1, aside: 1s, max_aside: 10s, max_share: 25%, slow_start: 30s}",
+            route=", failures: [500]",
+        )
+        upstream = config.upstreams["u"]
+        self.assertEqual(upstream.pod_limits, ((Address("a", 1), 3),))
+        self.assertEqual((upstream.limit_header, upstream.drain_timeout), ("X-Limit", 60.0))
+        self.assertEqual(upstream.health, HealthPolicy(1, 1.0, 10.0, 0.25, 30.0))
+        self.assertEqual(config.routes[0].failures, {500})
+
+    def test_mistakes(self) -> None:
+        for line, route, text in (
+            ("pod_limits: [1]", "", "must be a mapping, not a list"),
+            ("pod_limits: {'a': 1}", "", "'a' is not host:port"),
+            ("health: {max_share: 0.5}", "", "must be a percentage such as 50%, not '0.5'"),
+            ("health: {max_share: 200%}", "", "must be a percentage such as 50%, not '200%'"),
+            ("limit: 1", ", failures: 600", "must be from 400 to 599, not 600"),
+        ):
+            error = self.assertRaises(InvalidConfig, self.read, line, route=route)
+            self.assertIn(text, str(error))

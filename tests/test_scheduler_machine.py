@@ -22,7 +22,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from strictproxy.errors import LineFull, NoPods, PodsExhausted, WaitedTooLong
-from strictproxy.scheduling import Address, Lease, Scheduler, Ticket
+from strictproxy.scheduling import Address, Hold, Lease, Scheduler, Ticket
 
 ADDRESSES = [Address(f"10.0.0.{n}", 80) for n in range(5)]
 ROUTES = ["plain", "other", "limited"]
@@ -67,6 +67,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.limit = 2
         self.route_limit: int | None = 1
         self.known: set[Address] = set()
+        self.holds: dict[Address, Hold] = {}
+        self.pod_limits: dict[Address, int] = {}
         self.empty_since = 0.0
         self.pods: dict[Address, ModelPod] = {}
         self.waiting: list[Asked] = []
@@ -86,14 +88,28 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # -- the model
 
+    @property
+    def open(self) -> set[Address]:
+        """Pods that take requests."""
+        return self.known - self.holds.keys()
+
+    def limit_of(self, address: Address) -> int:
+        return self.pod_limits.get(address, self.limit)
+
+    def usable(self, asked: Asked) -> set[Address]:
+        return self.open if asked.allowed is None else self.open & asked.allowed
+
+    def is_exhausted(self, asked: Asked) -> bool:
+        return bool(asked.excluded and self.usable(asked)) and self.usable(asked) <= asked.excluded
+
     def fit(self, asked: Asked) -> list[Address]:
         """Pods that could take a request now."""
         fitting = []
-        for address in self.known:
+        for address in self.open:
             pod = self.pods[address]
             if asked.allowed is not None and address not in asked.allowed:
                 continue
-            if address in asked.excluded or pod.leases >= self.limit:
+            if address in asked.excluded or pod.leases >= self.limit_of(address):
                 continue
             of_route = pod.by_route.get(asked.route, 0)
             if asked.route == "limited" and self.route_limit and of_route >= self.route_limit:
@@ -106,7 +122,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         fitting = self.fit(asked)
         assert lease.address in fitting, f"{lease.address} has no room for {asked}"
         pods = self.pods
-        best = min(fitting, key=lambda a: (pods[a].leases, pods[a].changed))
+        best = min(fitting, key=lambda a: (pods[a].leases / self.limit_of(a), pods[a].changed))
         assert lease.address == best, f"{lease.address} is not the least of {fitting}"
         for other in self.waiting:
             if other.number < asked.number:
@@ -175,11 +191,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         asked.ends.append(failure.type.__name__ if failure.type else "?")
         if failure.check(WaitedTooLong):
             assert self.now >= asked.arrived + QUEUE_TIMEOUT
-            assert self.known
+            assert self.open
         elif failure.check(NoPods):
             since = max(asked.arrived, self.empty_since) + NO_PODS_TIMEOUT
-            assert not self.known
+            assert not self.open
             assert self.now >= min(since, asked.arrived + QUEUE_TIMEOUT)
+        elif failure.check(PodsExhausted):
+            assert self.is_exhausted(asked)
         else:
             assert failure.check(CancelledError), failure
 
@@ -196,9 +214,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(known=address_sets)
     def set_pods(self, known: set[Address]) -> None:
-        if self.known and not known:
-            self.empty_since = self.now
+        was_open = bool(self.open)
         self.known = known
+        if was_open and not self.open:
+            self.empty_since = self.now
         ordered = sorted(known)
         for address in ordered:
             gone = self.pods.get(address)
@@ -240,11 +259,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         asked.lease = None
         asked.excluded.add(lease.address)
         self.count(lease.address, asked.route, -1)
-        left = [
-            address
-            for address in self.known - asked.excluded
-            if asked.allowed is None or address in asked.allowed
-        ]
+        left = not self.is_exhausted(asked)
         if left:
             self.waiting.append(asked)
             self.waiting.sort(key=lambda each: each.number)
@@ -267,10 +282,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not left
             asked.ends.append("exhausted")
 
-    @rule(limit=st.integers(1, 3))
-    def set_limit(self, limit: int) -> None:
+    @rule(
+        limit=st.integers(1, 3),
+        pod_limits=st.dictionaries(st.sampled_from(ADDRESSES), st.integers(1, 5), max_size=2),
+    )
+    def set_limit(self, limit: int, pod_limits: dict[Address, int]) -> None:
         self.limit = limit
-        self.scheduler.set_limit(limit, self.now)
+        self.pod_limits = pod_limits
+        self.scheduler.set_limit(limit, self.now, pod_limits)
+
+    @rule(holds=st.dictionaries(st.sampled_from(ADDRESSES), st.sampled_from(Hold)))
+    def hold_back(self, holds: dict[Address, Hold]) -> None:
+        was_open = bool(self.open)
+        self.holds = holds
+        if was_open and not self.open:
+            self.empty_since = self.now
+        self.scheduler.set_holds(holds, self.now)
 
     @rule(limit=st.none() | st.integers(1, 2))
     def set_route_limit(self, limit: int | None) -> None:
@@ -301,7 +328,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         leases = {address: pod.leases for address, pod in self.pods.items() if pod.leases}
         assert {pod.address: pod.leases for pod in state.pods if pod.leases} == leases
         assert {pod.address for pod in state.pods} == self.known | set(leases)
+        assert state.slots == sum(self.limit_of(address) for address in self.open)
+        for pod in state.pods:
+            assert pod.hold is self.holds.get(pod.address)
+            held = self.scheduler.leases_on(pod.address)
+            ours = [a.lease for a in self.holding if a.lease.address == pod.address]
+            assert sorted(map(id, held)) == sorted(map(id, ours))
         for asked in self.waiting:
+            assert not self.is_exhausted(asked), f"{asked} waits for pods that refused it"
             assert not self.fit(asked), f"{asked} waits although {self.fit(asked)} have room"
         order = [ticket.owner.number for ticket in self.scheduler.tickets()]  # type: ignore[attr-defined]
         assert order == [asked.number for asked in sorted(self.waiting, key=lambda a: a.number)]

@@ -12,7 +12,7 @@ from strictproxy.errors import (
     PodsExhausted,
     WaitedTooLong,
 )
-from strictproxy.scheduling import Address, Lease, LeastHeap, Line, Pod, Scheduler, Ticket
+from strictproxy.scheduling import Address, Hold, Lease, LeastHeap, Line, Pod, Scheduler, Ticket
 
 A, B, C = (Address(name, 80) for name in "abc")
 
@@ -321,6 +321,8 @@ class PartsTests(SynchronousTestCase):
         self.assertEqual(repr(pod), "<Pod a:80 0/2>")
         pod.known = False
         self.assertEqual(repr(pod), "<Pod a:80 0/2 gone>")
+        pod.known, pod.hold = True, Hold.DRAINED
+        self.assertEqual(repr(pod), "<Pod a:80 0/2 drained>")
 
     def test_heap_stays_small(self) -> None:
         """Stale entries do not pile up, however often counts change."""

@@ -92,8 +92,18 @@ class ServiceTests(TestCase):
                         "running": 0,
                         "slots": 1,
                         "pods": [
-                            {"address": str(pod.address), "leases": 0, "limit": 1, "known": True}
+                            {
+                                "address": str(pod.address),
+                                "leases": 0,
+                                "limit": 1,
+                                "known": True,
+                                "condition": "ready",
+                                "failures": 0,
+                                "trial_in": None,
+                                "last_error": None,
+                            }
                         ],
+                        "discovery": None,
                     }
                 }
             },

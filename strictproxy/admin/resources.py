@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from twisted.web.http import Request
 from twisted.web.resource import Resource
 from twisted.web.server import Site
 
+from strictproxy.discovery.stability import StabilityState
+from strictproxy.scheduling import Address
+from strictproxy.snapshot import PodCondition
 from strictproxy.upstream import Upstream
 
 
@@ -46,11 +49,25 @@ class _State(Resource):
         return json.dumps({"upstreams": document}, indent=2).encode() + b"\n"
 
 
+def _discovery(state: StabilityState) -> dict[str, Any]:
+    def texts(addresses: Collection[Address] | None) -> list[str] | None:
+        return None if addresses is None else [str(address) for address in sorted(addresses)]
+
+    return {
+        "in_force": texts(state.in_force),
+        "since": state.since,
+        "candidate": texts(state.candidate),
+        "agreed": state.agreed,
+        "rejections": state.rejections,
+        "last_error": state.last_error,
+    }
+
+
 def upstream_state(upstream: Upstream) -> dict[str, Any]:
     """Return an upstream's state as plain data."""
-    state = upstream.state()
+    state = upstream.snapshot()
     return {
-        "trusted": upstream.trusted,
+        "trusted": state.trusted,
         "waiting": state.waiting,
         "running": state.running,
         "slots": state.slots,
@@ -59,10 +76,15 @@ def upstream_state(upstream: Upstream) -> dict[str, Any]:
                 "address": str(pod.address),
                 "leases": pod.leases,
                 "limit": pod.limit,
-                "known": pod.known,
+                "known": pod.condition is not PodCondition.REMOVED,
+                "condition": pod.condition.value,
+                "failures": pod.failures,
+                "trial_in": pod.trial_in,
+                "last_error": pod.last_error,
             }
             for pod in state.pods
         ],
+        "discovery": None if state.discovery is None else _discovery(state.discovery),
     }
 
 

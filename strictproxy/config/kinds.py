@@ -132,6 +132,33 @@ def static_pods(document: Document, node: yaml.Node, path: str) -> StaticSource:
     return StaticSource(pods)
 
 
+def pod_limits(document: Document, node: yaml.Node, path: str) -> tuple[tuple[Address, int], ...]:
+    """`host:port` of pods, with a limit for each."""
+    if not isinstance(node, yaml.MappingNode):
+        raise Wrong(f"must be a mapping, not {reader.kind_of(node)}")
+    part = Section(document, node, path)
+    return tuple(
+        (Address(*split_host_port(key)), part.take(key, reader.whole(1), 1)) for key in part
+    )
+
+
+def share(document: Document, node: yaml.Node, path: str) -> float:
+    """A part of a whole, as a percentage."""
+    _, written = document.scalar(node)
+    match = re.fullmatch(r"(\d{1,3})%", written)
+    if match is None or int(match[1]) > 100:
+        raise Wrong(f"must be a percentage such as 50%, not {written!r}")
+    return int(match[1]) / 100
+
+
+def status(document: Document, node: yaml.Node, path: str) -> int:
+    """A response's status code (RFC 9110, 15) that may mean a failure."""
+    code = reader.whole(400)(document, node, path)
+    if code > 599:
+        raise Wrong(f"must be from 400 to 599, not {code}")
+    return code
+
+
 def name_server(document: Document, node: yaml.Node, path: str) -> Server:
     """`address[:port]` of a DNS server."""
     host, number = split_host_port(reader.text(document, node, path), _DEFAULT_DNS_PORT)

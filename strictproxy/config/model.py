@@ -15,7 +15,7 @@ from enum import Enum
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
-from strictproxy.scheduling import Address
+from strictproxy.scheduling import Address, HealthPolicy
 
 Server = tuple[str, int]
 
@@ -121,6 +121,13 @@ class UpstreamConfig:
     queue: QueueConfig = QueueConfig()
     connections: PodConnections = PodConnections()
     tls: PodTls | None = None
+    #: other limits for some pods
+    pod_limits: tuple[tuple[Address, int], ...] = ()
+    #: response header by which a pod tells its own limit
+    limit_header: str | None = None
+    health: HealthPolicy = field(default_factory=HealthPolicy)
+    #: requests may run so long on a pod that discovery does not know any more
+    drain_timeout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,8 @@ class RouteConfig:
     body: Body = Body.STREAM
     request_headers: HeaderEdits = HeaderEdits()
     response_headers: HeaderEdits = HeaderEdits()
+    #: statuses of the pod's answer that count as its failures
+    failures: frozenset[int] = frozenset()
     #: methods whose requests may be sent to another pod after one failed them
     retry: frozenset[str] = frozenset()
     #: the whole exchange, waiting included

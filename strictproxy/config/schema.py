@@ -38,6 +38,7 @@ from strictproxy.config.model import (
 )
 from strictproxy.config.reader import Document, Section, Wrong
 from strictproxy.errors import ConfigError
+from strictproxy.scheduling import HealthPolicy
 
 
 class InvalidConfig(ConfigError):
@@ -114,7 +115,11 @@ def _upstream(name: str, part: Section) -> UpstreamConfig:
         name=name,
         source=_source(part),
         limit=part.take("limit", reader.whole(1), UpstreamConfig.limit),
+        pod_limits=part.take("pod_limits", kinds.pod_limits, ()),
+        limit_header=part.take("limit_header", kinds.header_name, None),
         queue=part.take("queue", reader.section(_queue), QueueConfig()),
+        health=part.take("health", reader.section(_health), HealthPolicy()),
+        drain_timeout=part.take("drain_timeout", reader.or_off(reader.duration), None),
         connections=part.take("connections", reader.section(_connections), PodConnections()),
         tls=part.take("tls", reader.section(_pod_tls), None),
     )
@@ -148,6 +153,17 @@ def _queue(part: Section) -> QueueConfig:
         size=part.take("size", reader.whole(0), default.size),
         timeout=part.take("timeout", reader.or_off(reader.duration), default.timeout),
         no_pods_timeout=part.take("no_pods_timeout", reader.duration, default.no_pods_timeout),
+    )
+
+
+def _health(part: Section) -> HealthPolicy:
+    default = HealthPolicy()
+    return HealthPolicy(
+        failures=part.take("failures", reader.whole(1), default.failures),
+        aside=part.take("aside", reader.duration, default.aside),
+        max_aside=part.take("max_aside", reader.duration, default.max_aside),
+        max_share=part.take("max_share", kinds.share, default.max_share),
+        slow_start=part.take("slow_start", reader.or_off(reader.duration), None) or 0.0,
     )
 
 
@@ -257,6 +273,7 @@ def _route_config(part: Section) -> RouteConfig:
         body=part.take("body", reader.choice(Body), Body.STREAM),
         request_headers=part.take("request_headers", reader.section(_edits), HeaderEdits()),
         response_headers=part.take("response_headers", reader.section(_edits), HeaderEdits()),
+        failures=frozenset(part.take("failures", reader.one_or_more(kinds.status), ())),
         retry=frozenset(part.take("retry", reader.one_or_more(kinds.method), ())),
         timeout=part.take("timeout", reader.duration, None),
     )

@@ -24,3 +24,6 @@ class StaticDiscovery:
 
     def look_now(self) -> None:
         """Do nothing: there is nowhere to look."""
+
+    def state(self) -> None:
+        """Return None: what is configured is all there is."""

@@ -6,12 +6,17 @@ seconds on any monotonic scale; waiting is a Deferred, and nothing else of
 Twisted is used.
 """
 
+from strictproxy.scheduling.health import Health, HealthPolicy, Standing
+from strictproxy.scheduling.leases import Lease, PodState, SchedulerState
 from strictproxy.scheduling.line import Line, Ticket
-from strictproxy.scheduling.pods import Address, LeastHeap, Pod
-from strictproxy.scheduling.scheduler import Lease, PodState, Scheduler, SchedulerState
+from strictproxy.scheduling.pods import Address, Hold, LeastHeap, Pod
+from strictproxy.scheduling.scheduler import Scheduler
 
 __all__ = [
     "Address",
+    "Health",
+    "HealthPolicy",
+    "Hold",
     "Lease",
     "LeastHeap",
     "Line",
@@ -19,5 +24,6 @@ __all__ = [
     "PodState",
     "Scheduler",
     "SchedulerState",
+    "Standing",
     "Ticket",
 ]

@@ -18,7 +18,7 @@ from twisted.internet.defer import Deferred, DeferredQueue
 from strictproxy.scheduling.pods import Address
 
 if TYPE_CHECKING:
-    from strictproxy.scheduling.scheduler import Lease
+    from strictproxy.scheduling.leases import Lease
 
 
 @dataclass(slots=True, eq=False)
@@ -37,10 +37,6 @@ class Ticket:
     excluded: frozenset[Address] = frozenset()
     #: whatever the owner wants to find again in a snapshot
     owner: object = None
-
-    def may_use(self, address: Address) -> bool:
-        """Whether the request may go to the pod at `address`."""
-        return address not in self.excluded and (self.allowed is None or address in self.allowed)
 
 
 LineKey = tuple[str, frozenset[Address] | None, frozenset[Address]]

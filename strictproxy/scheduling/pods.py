@@ -8,8 +8,12 @@ Never opens a socket, reads a clock or writes a log.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from enum import Enum
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from strictproxy.scheduling.leases import Lease
 
 
 class Address(NamedTuple):
@@ -22,6 +26,17 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+class Hold(Enum):
+    """Why a pod that discovery knows gets nothing new."""
+
+    #: it is shutting down, says discovery
+    TERMINATING = "terminating"
+    #: an operator said so
+    DRAINED = "drained"
+    #: it failed requests, or checks
+    UNHEALTHY = "unhealthy"
+
+
 class Pod:
     """
     One address and the leases held on it.
@@ -31,14 +46,29 @@ class Pod:
     its count.
     """
 
-    __slots__ = ("address", "known", "leases", "limit", "route_leases", "since")
+    __slots__ = (
+        "address",
+        "held",
+        "hold",
+        "known",
+        "leases",
+        "limit",
+        "open",
+        "route_leases",
+        "since",
+    )
 
     def __init__(self, address: Address, limit: int, since: int) -> None:
         self.address = address
         self.limit = limit
         #: in the set that discovery published last; others get nothing new
         self.known = True
+        self.hold: Hold | None = None
+        #: known, and not held back
+        self.open = True
         self.leases = 0
+        #: the leases themselves, the oldest first
+        self.held: dict[Lease, None] = {}
         #: leases per route, kept for the routes that have a limit of their own
         self.route_leases: dict[str, int] = {}
         #: ordinal of the last change of `leases`; the smallest has been idle longest
@@ -47,7 +77,7 @@ class Pod:
     @property
     def has_room(self) -> bool:
         """Whether the pod may take one more request, as far as its own limit goes."""
-        return self.known and self.leases < self.limit
+        return self.open and self.leases < self.limit
 
     @property
     def preference(self) -> tuple[float, int]:
@@ -55,7 +85,8 @@ class Pod:
         return (self.leases / self.limit, self.since)
 
     def __repr__(self) -> str:
-        mark = "" if self.known else " gone"
+        mark = f" {self.hold.value}" if self.hold else ""
+        mark = mark if self.known else " gone"
         return f"<Pod {self.address} {self.leases}/{self.limit}{mark}>"
 
 

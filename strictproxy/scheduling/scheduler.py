@@ -8,6 +8,7 @@ Invariants, true whenever code outside this module runs:
 - work-conserving: while nothing is being dispatched, no ticket waits for which
   a pod that it may use has room;
 - in order: of the tickets that could go, the one that arrived first goes first;
+- a pod that is held back, for whatever reason, gets nothing new;
 - a lease is released exactly once, and a pod is forgotten only when it is
   neither known to discovery nor holds a lease.
 """
@@ -15,7 +16,6 @@ Invariants, true whenever code outside this module runs:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 
 from twisted.internet.defer import Deferred
@@ -27,64 +27,12 @@ from strictproxy.errors import (
     PodsExhausted,
     WaitedTooLong,
 )
+from strictproxy.scheduling.leases import Lease, PodState, SchedulerState
 from strictproxy.scheduling.line import Line, LineKey, Ticket
-from strictproxy.scheduling.pods import Address, LeastHeap, Pod
+from strictproxy.scheduling.pods import Address, Hold, LeastHeap, Pod
 
 #: Weight of the newest observation in the mean time a lease is held.
 _SMOOTHING = 0.1
-
-
-class Lease:
-    """
-    One held slot.
-
-    Whoever got it from `Scheduler.acquire` or `move` owns it and must hand it
-    to `release`, or to `move`, exactly once.
-    """
-
-    __slots__ = ("active", "granted", "in_flight", "pod", "ticket")
-
-    def __init__(self, pod: Pod, ticket: Ticket, granted: float) -> None:
-        self.pod = pod
-        self.ticket = ticket
-        #: when the slot was taken, seconds
-        self.granted = granted
-        #: leases on the pod, this one included, when it was granted
-        self.in_flight = pod.leases
-        self.active = True
-
-    @property
-    def address(self) -> Address:
-        """The pod to send the request to."""
-        return self.pod.address
-
-    @property
-    def waited(self) -> float:
-        """Seconds between arrival and the grant."""
-        return self.granted - self.ticket.arrived
-
-    def __repr__(self) -> str:
-        return f"<Lease on {self.pod.address} {'held' if self.active else 'released'}>"
-
-
-@dataclass(frozen=True, slots=True)
-class PodState:
-    """A pod at one moment, for people and metrics."""
-
-    address: Address
-    leases: int
-    limit: int
-    known: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerState:
-    """The scheduler at one moment, for people and metrics."""
-
-    pods: tuple[PodState, ...]
-    waiting: int
-    running: int
-    slots: int
 
 
 class Scheduler:
@@ -94,7 +42,7 @@ class Scheduler:
     :param limit: leases per pod at most; at least 1.
     :param queue_size: tickets waiting at most; 0 means that nobody may wait.
     :param queue_timeout: seconds a ticket waits at most, or None for ever.
-    :param no_pods_timeout: seconds a ticket waits at most while no pod is known.
+    :param no_pods_timeout: seconds a ticket waits at most while no pod takes requests.
     :param now: the current time.
     """
 
@@ -118,11 +66,13 @@ class Scheduler:
         self._limit = limit
         self._pod_limits = dict(pod_limits or {})
         self._pods: dict[Address, Pod] = {}
-        self._known = 0
+        self._holds: dict[Address, Hold] = {}
+        #: how many pods take requests
+        self._open_pods = 0
         self._no_pods_since = now
         self._ordinal = 0
         self._route_limits: dict[str, int] = {}
-        self._least = LeastHeap(lambda pod: pod.known and pod.leases < pod.limit)
+        self._least = LeastHeap(lambda pod: pod.open and pod.leases < pod.limit)
         self._route_least: dict[str, LeastHeap] = {}
         self._lines: dict[LineKey, Line] = {}
         #: lines whose tickets may go to a few pods only, by pod
@@ -168,6 +118,7 @@ class Scheduler:
         The request keeps its place by arrival, so it is first to get the next
         free slot; it is never sent to a pod that refused it before.
 
+        :return: fails with `PodsExhausted` too, if every pod left has refused it.
         :raise PodsExhausted: every pod it may use has refused it. The lease is
             released all the same.
         """
@@ -177,7 +128,7 @@ class Scheduler:
             ticket.route, ticket.ordinal, ticket.arrived, ticket.allowed, excluded, ticket.owner
         )
         try:
-            if not any(pod.known and moved.may_use(pod.address) for pod in self._pods.values()):
+            if self._is_exhausted(moved.allowed, excluded):
                 raise PodsExhausted(len(excluded))
             waiting = self._wait(moved)
         finally:
@@ -215,11 +166,16 @@ class Scheduler:
             if pod.address not in wanted:
                 pod.known = False
                 self._forget_if_done(pod)
-        if self._known and not wanted:
-            self._no_pods_since = now
-        self._known = len(wanted)
-        self._rebuild()
-        self._dispatch(list(self._lines.values()), now)
+        self._reopen(now)
+
+    def set_holds(self, holds: Mapping[Address, Hold], now: float) -> None:
+        """
+        Replace what holds pods back: those named get nothing new, and finish what they have.
+
+        Pods that discovery does not know yet may be named; they will be held back at once.
+        """
+        self._holds = dict(holds)
+        self._reopen(now)
 
     def set_limit(
         self, limit: int, now: float, pod_limits: Mapping[Address, int] | None = None
@@ -247,16 +203,16 @@ class Scheduler:
 
     def expire(self, now: float) -> None:
         """Turn away every ticket whose deadline is at or before `now`."""
+
+        def is_due(ticket: Ticket) -> bool:
+            deadline = self._deadline(ticket)
+            return deadline is not None and deadline <= now
+
+        def error(ticket: Ticket) -> Exception:
+            return WaitedTooLong(now - ticket.arrived) if self._open_pods else NoPods()
+
         for line in list(self._lines.values()):
-            while line:
-                deadline = self._deadline(line.head)
-                if deadline is None or deadline > now:
-                    break
-                ticket = line.head
-                error = WaitedTooLong(now - ticket.arrived) if self._known else NoPods()
-                self.waiting -= 1
-                line.turn_away(error)
-            self._drop_if_empty(line)
+            self._turn_away(line, error, is_due)
 
     def next_deadline(self) -> float | None:
         """When `expire` has to be called next, or None if nothing waits with a bound."""
@@ -265,7 +221,7 @@ class Scheduler:
 
     def retry_after(self) -> float:
         """Seconds after which a slot will likely be free for one who comes now."""
-        slots = sum(pod.limit for pod in self._pods.values() if pod.known)
+        slots = sum(pod.limit for pod in self._pods.values() if pod.open)
         if not slots or self.mean_service is None:
             return 1.0
         return max(1.0, self.mean_service * (self.waiting + 1) / slots)
@@ -275,15 +231,21 @@ class Scheduler:
     def state(self) -> SchedulerState:
         """Return a snapshot; it shares nothing with the scheduler."""
         pods = tuple(
-            PodState(pod.address, pod.leases, pod.limit, pod.known) for pod in self._pods.values()
+            PodState(pod.address, pod.leases, pod.limit, pod.known, pod.hold)
+            for pod in self._pods.values()
         )
-        slots = sum(pod.limit for pod in pods if pod.known)
+        slots = sum(pod.limit for pod in self._pods.values() if pod.open)
         return SchedulerState(pods, self.waiting, self.running, slots)
 
     def tickets(self) -> list[Ticket]:
         """Everybody who waits, in order of arrival. O(n log n): for people, not per request."""
         everybody = (ticket for line in self._lines.values() for ticket in line.tickets())
         return sorted(everybody, key=lambda ticket: ticket.ordinal)
+
+    def leases_on(self, address: Address) -> list[Lease]:
+        """Return the leases held on a pod, the oldest first."""
+        pod = self._pods.get(address)
+        return [] if pod is None else list(pod.held)
 
     # -- inside: counting
 
@@ -300,7 +262,9 @@ class Scheduler:
         route = ticket.route
         pod.route_leases[route] = pod.route_leases.get(route, 0) + 1
         self.running += 1
-        return Lease(pod, ticket, now)
+        lease = Lease(pod, ticket, now)
+        pod.held[lease] = None
+        return lease
 
     def _give(self, lease: Lease) -> None:
         if not lease.active:
@@ -308,6 +272,7 @@ class Scheduler:
         lease.active = False
         pod = lease.pod
         pod.leases -= 1
+        del pod.held[lease]
         pod.since = self._tick()
         pod.route_leases[lease.ticket.route] -= 1
         self.running -= 1
@@ -325,6 +290,49 @@ class Scheduler:
             return pod.has_room and pod.route_leases.get(route, 0) < self._route_limits[route]
 
         return has_room
+
+    def _reopen(self, now: float) -> None:
+        """Find out anew which pods take requests, and use them."""
+        before, self._open_pods = self._open_pods, 0
+        for pod in self._pods.values():
+            pod.hold = self._holds.get(pod.address)
+            pod.open = pod.known and pod.hold is None
+            self._open_pods += pod.open
+        if before and not self._open_pods:
+            self._no_pods_since = now
+        self._rebuild()
+        self._dispatch(list(self._lines.values()), now)
+        # Nobody waits for pods that are gone or have refused it.
+        for line in list(self._lines.values()):
+            _, allowed, excluded = line.key
+            if line and self._is_exhausted(allowed, excluded):
+                self._turn_away(line, lambda ticket: PodsExhausted(len(ticket.excluded)))
+
+    def _is_exhausted(
+        self, allowed: frozenset[Address] | None, excluded: frozenset[Address]
+    ) -> bool:
+        """Whether every pod that takes requests, and may be used, has refused this one."""
+        if not excluded:
+            return False
+        usable = [
+            address
+            for address, pod in self._pods.items()
+            if pod.open and (allowed is None or address in allowed)
+        ]
+        return bool(usable) and excluded.issuperset(usable)
+
+    def _turn_away(
+        self,
+        line: Line,
+        error: Callable[[Ticket], Exception],
+        until: Callable[[Ticket], bool] = lambda _: True,
+    ) -> None:
+        """Fail those at the head of a line as long as `until` holds for them."""
+        while line and until(line.head):
+            ticket = line.head
+            self.waiting -= 1
+            line.turn_away(error(ticket))
+        self._drop_if_empty(line)
 
     def _rebuild(self) -> None:
         pods = self._pods.values()
@@ -390,7 +398,7 @@ class Scheduler:
 
     def _deadline(self, ticket: Ticket) -> float | None:
         when = None if self.queue_timeout is None else ticket.arrived + self.queue_timeout
-        if not self._known:
+        if not self._open_pods:
             no_pods = max(ticket.arrived, self._no_pods_since) + self.no_pods_timeout
             when = no_pods if when is None else min(when, no_pods)
         return when
