@@ -5,16 +5,49 @@ The seams: what parts of strictproxy, and plugins, promise each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from twisted.plugin import IPlugin
 from zope.interface import Attribute, Interface
 
 from strictproxy.scheduling import Address
 
-#: Publishes a complete address set: called with the new one whenever it changes.
-Publish = Callable[[Collection[Address]], None]
+
+class Endpoint(NamedTuple):
+    """A pod as discovery knows it."""
+
+    address: Address
+    #: it is shutting down: nothing new, but it finishes what it has
+    terminating: bool = False
+    #: its own limit, if discovery says one
+    limit: int | None = None
+    #: how much of the upstream's limit it gets otherwise
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DiscoveryState:
+    """What is believed at one moment, and why; for people and metrics."""
+
+    #: the set in force, or None before there is one
+    in_force: frozenset[Endpoint] | None = None
+    #: when it came into force, in seconds of the clock
+    since: float | None = None
+    #: a set that may come into force
+    candidate: frozenset[Endpoint] | None = None
+    #: how many lookups have agreed with the candidate
+    agreed: int = 0
+    #: candidates dropped because lookups did not agree
+    rejections: int = 0
+    #: what went wrong last; None once all is well
+    last_error: str | None = None
+    #: how many lookups ended how
+    lookups: Mapping[str, int] = field(default_factory=dict)
+
+
+#: Publishes a complete set of pods: called with the new one whenever it changes.
+Publish = Callable[[Collection[Endpoint]], None]
 
 
 class RequestInfo:
@@ -102,9 +135,9 @@ class IRouterPlugin(IPlugin):
 
 class IDiscovery(Interface):
     """
-    Where an upstream's pod addresses come from.
+    Where an upstream's pods come from.
 
-    It publishes address sets and knows nothing of who uses them. While it
+    It publishes sets of pods and knows nothing of who uses them. While it
     cannot tell, it publishes nothing: the last good set stays in force.
     """
 
@@ -117,5 +150,5 @@ class IDiscovery(Interface):
     def look_now() -> None:
         """Look at once: somebody has reason to believe that the set has changed."""
 
-    def state() -> object:
-        """Return a `StabilityState`: what is believed and why; or None if nothing is to tell."""
+    def state() -> DiscoveryState | None:
+        """Return what is believed and why; or None if there is nothing to tell."""

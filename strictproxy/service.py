@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import resource
 import signal
 import sys
@@ -33,7 +34,6 @@ from twisted.internet.endpoints import (
 from twisted.internet.interfaces import IListeningPort, IStreamClientEndpoint
 from twisted.internet.task import LoopingCall
 from twisted.logger import ILogObserver, Logger
-from twisted.names.client import Resolver
 from twisted.plugin import getPlugins
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.components import Componentized
@@ -45,7 +45,9 @@ import strictproxy.plugins
 from strictproxy.admin.resources import QuietSite, make_admin
 from strictproxy.config import Config, DnsSource, StaticSource, load
 from strictproxy.config.model import ClientConfig, ListenConfig, LogConfig
-from strictproxy.discovery.dns import DnsDiscovery, NamesSource
+from strictproxy.discovery.dns import DnsDiscovery
+from strictproxy.discovery.names import Names, ResolvConfFile
+from strictproxy.discovery.nameservers import NameServers
 from strictproxy.discovery.static import StaticDiscovery
 from strictproxy.errors import ConfigError, ShuttingDown
 from strictproxy.http.pool import EndpointFor
@@ -169,7 +171,8 @@ class ProxyService(Service):
         self.observer: ILogObserver | None = None
         self.config = config
         self._reactor = reactor
-        self._resolvers: dict[tuple[tuple[str, int], ...], Resolver] = {}
+        self._name_servers = NameServers(reactor)
+        self._resolv_conf = ResolvConfFile()
         self._ports: list[IListeningPort] = []
         self._closing = False
         self.upstreams: dict[str, Upstream] = {
@@ -318,18 +321,9 @@ class ProxyService(Service):
         if isinstance(source, StaticSource):
             discovery = StaticDiscovery(source)
         else:
-            discovery = DnsDiscovery(source, NamesSource(self._resolver(source)), self._reactor)
+            names = Names(source, self._name_servers, self._resolv_conf)
+            discovery = DnsDiscovery(source, names, self._reactor, random.random)
         return discovery
-
-    def _resolver(self, source: DnsSource) -> Resolver:
-        """Return the resolver for a set of name servers; upstreams share it."""
-        if source.servers not in self._resolvers:
-            self._resolvers[source.servers] = Resolver(
-                resolv=None if source.servers else "/etc/resolv.conf",
-                servers=list(source.servers) or None,
-                reactor=self._reactor,
-            )
-        return self._resolvers[source.servers]
 
     def _endpoint_for(self, address: Address, timeout: float) -> IStreamClientEndpoint:
         host, port = address

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from strictproxy.discovery.stability import StabilityState
+from strictproxy.interfaces import DiscoveryState
 from strictproxy.scheduling import Address
 
 
@@ -52,4 +52,6 @@ class UpstreamSnapshot:
     running: int
     #: of the pods that take requests
     slots: int
-    discovery: StabilityState | None
+    #: times that more than half of the pods were gone at once
+    shrinks: int
+    discovery: DiscoveryState | None

@@ -9,7 +9,7 @@ end what runs too long on a pod that is gone. Everything that decides is in
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol, cast
 
 from twisted.internet.defer import Deferred
@@ -17,10 +17,9 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
 from strictproxy.config.model import RouteConfig, UpstreamConfig
-from strictproxy.discovery.stability import StabilityState
 from strictproxy.errors import PodGone, ProxyError
 from strictproxy.http.pool import EndpointFor, PodPool
-from strictproxy.interfaces import IDiscovery
+from strictproxy.interfaces import Endpoint, IDiscovery
 from strictproxy.scheduling import (
     Address,
     Health,
@@ -82,7 +81,9 @@ class Upstream:
                 self.scheduler.set_route_limit(route.name, route.limit, now)
         #: discovery has published a set at least once
         self.trusted = False
-        self._known: frozenset[Address] = frozenset()
+        #: the pods of the set in force
+        self._known: Mapping[Address, Endpoint] = {}
+        self._shrinks = 0
         self._drained: set[Address] = set()
         self._limits = dict(config.pod_limits)
         #: limits that pods told by `limit_header`
@@ -201,7 +202,8 @@ class Upstream:
             state.waiting,
             state.running,
             state.slots,
-            cast("StabilityState | None", self.discovery.state()),
+            self._shrinks,
+            self.discovery.state(),
         )
 
     def _pod_snapshot(self, pod: PodState) -> PodSnapshot:
@@ -244,20 +246,29 @@ class Upstream:
     def _apply(self) -> None:
         """Let the scheduler know what each pod may have."""
         now = self._clock.seconds()
-        full, health = self.config.limit, self.health
+        health = self.health
         limits = {
-            address: health.limit(
-                address, self._said.get(address, self._limits.get(address, full)), now
-            )
-            for address in self._known
+            address: health.limit(address, self._full_limit(endpoint), now)
+            for address, endpoint in self._known.items()
         }
         holds = {address: Hold.UNHEALTHY for address in self._known if health.is_aside(address)}
         holds.update(dict.fromkeys(self._drained, Hold.DRAINED))
+        holds.update(
+            (address, Hold.TERMINATING)
+            for address, endpoint in self._known.items()
+            if endpoint.terminating
+        )
         # In this order: a pod on trial has its limit before it takes anything.
-        self.scheduler.set_limit(full, now, limits)
+        self.scheduler.set_limit(self.config.limit, now, limits)
         self.scheduler.set_holds(holds, now)
         self._set_timer()
         self._set_pod_timer()
+
+    def _full_limit(self, endpoint: Endpoint) -> int:
+        """Return what a pod in good health may have: as it says itself, or we, or discovery."""
+        address = endpoint.address
+        limit = self._said.get(address, self._limits.get(address, endpoint.limit))
+        return limit if limit is not None else max(1, round(endpoint.share * self.config.limit))
 
     def _set_pod_timer(self) -> None:
         if self._pod_timer is not None:
@@ -288,9 +299,9 @@ class Upstream:
                     owner.abandon(PodGone(f"{address} has been gone for {timeout:g} s"))
         self._apply()
 
-    def _publish(self, addresses: Collection[Address]) -> None:
-        before = self._known
-        after = frozenset(addresses)
+    def _publish(self, endpoints: Collection[Endpoint]) -> None:
+        known = {endpoint.address: endpoint for endpoint in endpoints}
+        before, after = self._known.keys(), known.keys()
         now = self._clock.seconds()
         if before != after or not self.trusted:
             _log.info(
@@ -301,25 +312,27 @@ class Upstream:
                 removed=", ".join(map(str, sorted(before - after))) or "none",
             )
         if len(before) > 2 * len(after):
+            self._shrinks += 1
             _log.warn(
                 "{upstream}: more than half of the pods are gone: {before} before, {after} now",
                 upstream=self.name,
                 before=len(before),
                 after=len(after),
             )
-        self._known = after
-        self.health.set_pods(addresses, now, first=not self.trusted)
+        gone = before - after
+        self._known = known
+        self.health.set_pods(after, now, first=not self.trusted)
         self.trusted = True
         self._drained &= after
         self._said = {pod: limit for pod, limit in self._said.items() if pod in after}
-        for address in before - after:
+        for address in gone:
             if self.scheduler.leases_on(address):
                 self._gone[address] = now
         for address in after:
             self._gone.pop(address, None)
         # What new pods may have comes before they do.
         self._apply()
-        self.scheduler.set_pods(addresses, now)
+        self.scheduler.set_pods(after, now)
         self.pool.retain(after)
         # With the last pod gone, or the first one there, deadlines are others.
         self._set_timer()

@@ -7,7 +7,7 @@ Sockets are real; time is a `Clock`, so that nothing here waits for a time-out.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from twisted.internet import reactor as _reactor
@@ -34,7 +34,7 @@ from strictproxy.discovery.static import StaticDiscovery
 from strictproxy.http import transport
 from strictproxy.http.outbox import Outbox
 from strictproxy.http.site import StrictSite
-from strictproxy.interfaces import IRouter
+from strictproxy.interfaces import Endpoint, IRouter
 from strictproxy.logs import AccessRecord
 from strictproxy.proxy import ProxyResource
 from strictproxy.scheduling import Address
@@ -255,6 +255,10 @@ class ProxyTestCase(TestCase):
                 return
             await deferLater(reactor, 0.001)
         self.fail(f"never became true: {what or condition}")
+
+    def publish(self, addresses: Collection[Address]) -> None:
+        """Let discovery know other pods."""
+        self.upstream._publish([Endpoint(address) for address in addresses])
 
     def counts(self) -> tuple[int, int]:
         """Return (running, waiting)."""

@@ -18,6 +18,8 @@ PURE = (
     "strictproxy/config/*",
     "strictproxy/routing.py",
     "strictproxy/discovery/stability.py",
+    "strictproxy/discovery/records.py",
+    "strictproxy/discovery/resolv_conf.py",
     "strictproxy/http/framing.py",
     "strictproxy/forwarding.py",
     "strictproxy/http/heads.py",

@@ -194,7 +194,7 @@ BROKEN: list[tuple[str, str, str]] = [
     (
         "dns without port",
         upstream("{dns: {name: a}}"),
-        "f:3:12: upstreams.u.dns: 'port' is missing",
+        "f:3:12: upstreams.u.dns: 'port' is missing; only SRV records, as of _http._tcp.name, say the port themselves",
     ),
     (
         "dns name with a slash",

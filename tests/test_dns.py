@@ -6,15 +6,17 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from twisted.internet import reactor as _reactor
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.task import Clock, deferLater
-from twisted.names.client import Resolver
-from twisted.names.error import DNSServerError
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from strictproxy.config.model import DnsSource
 from strictproxy.demo.dns_server import DnsServer
-from strictproxy.discovery.dns import DnsDiscovery, NamesSource
+from strictproxy.discovery.dns import DnsDiscovery
+from strictproxy.discovery.names import Names, ResolvConfFile
+from strictproxy.discovery.nameservers import NameServers
+from strictproxy.discovery.records import LookupFailed, Outcome
+from strictproxy.interfaces import Endpoint
 from strictproxy.scheduling import Address
 
 reactor: Any = _reactor
@@ -31,14 +33,21 @@ class Script:
         self.hanging: list[Deferred[Collection[str]]] = []
         self.hang = False
 
-    def addresses(self, name: str) -> Deferred[Collection[str]]:
+    async def lookup(self) -> tuple[Outcome, Collection[Endpoint]]:
         self.asked += 1
         if self.hang:
             waiting: Deferred[Collection[str]] = Deferred()
             self.hanging.append(waiting)
-            return waiting
+            return found(await waiting)
         answer = self.answer(self.asked) if callable(self.answer) else self.answer
-        return fail(answer) if isinstance(answer, Exception) else succeed(answer)
+        if isinstance(answer, Exception):
+            raise answer
+        return found(answer)
+
+
+def found(hosts: Collection[str]) -> tuple[Outcome, Collection[Endpoint]]:
+    endpoints = [Endpoint(Address(host, 80)) for host in hosts]
+    return Outcome.FOUND if hosts else Outcome.EMPTY, endpoints
 
 
 class DnsDiscoveryTests(SynchronousTestCase):
@@ -46,10 +55,13 @@ class DnsDiscoveryTests(SynchronousTestCase):
         self.clock = Clock()
         self.script = Script(answer)
         self.published: list[tuple[float, list[str]]] = []
-        self.discovery = DnsDiscovery(DnsSource("pods.ns", 80), self.script, self.clock)
+        self.random = 0.0
+        self.discovery = DnsDiscovery(
+            DnsSource("pods.ns", 80), self.script, self.clock, lambda: self.random
+        )
 
-        def publish(addresses: Collection[Address]) -> None:
-            hosts = [address.host for address in addresses]
+        def publish(endpoints: Collection[Endpoint]) -> None:
+            hosts = [endpoint.address.host for endpoint in endpoints]
             self.published.append((round(self.clock.seconds(), 3), hosts))
 
         self.discovery.start(publish)
@@ -137,29 +149,41 @@ class DnsDiscoveryTests(SynchronousTestCase):
         """Whatever a lookup raises, the set stays and looking goes on."""
         self.begin(["10.0.0.1"])
         self.run_for(6)
-        for error in (DNSServerError(None), TimeoutError(), ZeroDivisionError("bug")):
+        errors = (
+            LookupFailed(Outcome.SERVFAIL, "failed"),
+            LookupFailed(Outcome.TIMEOUT, "silent"),
+            ZeroDivisionError("bug"),
+        )
+        for error in errors:
             asked = self.script.asked
             self.script.answer = error
             self.run_for(10)
             self.assertEqual(self.script.asked, asked + 5)
         self.assertEqual(len(self.published), 1)
         self.assertIn("bug", self.discovery.state().last_error or "")
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 5)
+        lookups = self.discovery.state().lookups
+        counts = [lookups[outcome] for outcome in ("servfail", "timeout", "error", "refused")]
+        self.assertEqual(counts, [5, 5, 5, 0])
         self.script.answer = ["10.0.0.2"]
         self.run_for(5)
         self.assertEqual(self.published[-1][1], ["10.0.0.2"])
 
-    def test_source_that_raises(self) -> None:
-        """Even one that raises instead of failing cannot stop the looking."""
-
-        def broken(_: int) -> Answer:
-            raise RuntimeError("at once")
-
-        self.begin(broken)
-        self.run_for(10)
-        self.assertEqual(self.script.asked, 6)
-        self.script.answer = ["10.0.0.1"]
+    def test_jitter(self) -> None:
+        """Looks are put off by up to a quarter of their interval; the first one is not."""
+        self.begin(["10.0.0.1"])
+        self.assertEqual(self.script.asked, 1)
         self.run_for(5)
-        self.assertEqual(len(self.published), 1)
+        asked = self.script.asked
+        self.random = 1.0
+        self.run_for(1.375)
+        self.assertEqual(self.script.asked, asked)
+        self.run_for(0.125)
+        self.assertEqual(self.script.asked, asked + 1)
+        self.run_for(20)
+        self.assertEqual(self.script.asked, asked + 11)
+        # Stopped while it is put off, it leaves nothing.
+        self.run_for(1.75)
 
     def test_publisher_that_raises(self) -> None:
         """A fault in whoever is told cannot stop it either; it is logged."""
@@ -224,52 +248,56 @@ class DnsDiscoveryTests(SynchronousTestCase):
         self.discovery.look_now()
 
 
-class NamesSourceTests(TestCase):
-    """Against the demo's DNS server, over UDP and TCP."""
+class NamesTests(TestCase):
+    """Real sockets, to the demo's DNS server."""
 
-    async def ask(self, name: str, **records: list[str]) -> Collection[str]:
-        server = DnsServer(reactor)
-        server.zone.records = {
-            "pods.ns": [],
-            **{k.replace("_", "."): v for k, v in records.items()},
-        }
-        server.start()
-        self.addCleanup(server.stop)
-        resolver = Resolver(servers=[("127.0.0.1", server.port)], reactor=reactor)
-        found = await NamesSource(resolver).addresses(name)
-        # The resolver keeps a TCP connection for the next time; both its ends are ours.
-        for connection in resolver.connections:
-            connection.transport.abortConnection()
-        while resolver.connections:
-            await deferLater(reactor, 0)
-        await deferLater(reactor, 0.01)
-        return found
+    def setUp(self) -> None:
+        self.server = DnsServer(reactor)
+        self.server.start()
+        self.addCleanup(self.server.stop)
+
+    async def lookup(self, **records: list[str]) -> tuple[Outcome, Collection[Endpoint]]:
+        self.server.zone.records = {key.replace("_", "."): each for key, each in records.items()}
+        config = DnsSource("pods.ns", 80, servers=(("127.0.0.1", self.server.port),))
+        names = Names(config, NameServers(reactor), ResolvConfFile("/nowhere"))
+        try:
+            return await names.lookup()
+        finally:
+            # Twisted's server sees the end of a TCP connection a turn later.
+            await deferLater(reactor, 0.01)
 
     async def test_addresses(self) -> None:
         """All A records are found; AAAA without any is no error."""
-        found = await self.ask("pods.ns", pods_ns=["127.0.0.1", "127.0.0.2"])
-        self.assertEqual(sorted(found), ["127.0.0.1", "127.0.0.2"])
+        outcome, pods = await self.lookup(pods_ns=["127.0.0.1", "127.0.0.2"])
+        self.assertEqual(outcome, Outcome.FOUND)
+        self.assertEqual(
+            [str(pod.address) for pod in sorted(pods)], ["127.0.0.1:80", "127.0.0.2:80"]
+        )
 
-    async def test_no_records(self) -> None:
-        """A name without addresses has none."""
-        self.assertEqual(list(await self.ask("pods.ns")), [])
-
-    async def test_no_such_name(self) -> None:
-        """A name that does not exist has no addresses: that is how no pod may look."""
-        self.assertEqual(list(await self.ask("other.ns")), [])
+    async def test_none(self) -> None:
+        """A name without addresses, and one that does not exist, have none."""
+        self.assertEqual(await self.lookup(pods_ns=[]), (Outcome.EMPTY, ()))
+        self.assertEqual(await self.lookup(other_ns=[]), (Outcome.NXDOMAIN, ()))
 
     async def test_truncated(self) -> None:
         """An answer too long for UDP is asked for again over TCP."""
         many = [f"10.1.{n // 250}.{n % 250}" for n in range(1000)]
-        self.assertEqual(sorted(await self.ask("pods.ns", pods_ns=many)), sorted(many))
+        _, pods = await self.lookup(pods_ns=many)
+        self.assertEqual(sorted(pod.address.host for pod in pods), sorted(many))
 
     async def test_server_failure(self) -> None:
         """A server that fails is an error, not an empty answer."""
-        server = DnsServer(reactor)
-        server.zone._lookup = lambda *_: fail(ValueError())  # type: ignore[method-assign]
-        server.start()
-        self.addCleanup(server.stop)
-        resolver = Resolver(servers=[("127.0.0.1", server.port)], reactor=reactor)
-        with self.assertRaises(DNSServerError):
-            await NamesSource(resolver).addresses("pods.ns")
+        self.server.zone._lookup = lambda *_: fail(ValueError())  # type: ignore[method-assign]
+        with self.assertRaises(LookupFailed) as caught:
+            await self.lookup()
+        self.assertEqual(caught.exception.outcome, Outcome.SERVFAIL)
         self.flushLoggedErrors(ValueError)
+
+    async def test_nobody_listens(self) -> None:
+        """Where nobody listens, that is known at once, by IPv4 and by IPv6."""
+        for host in ("127.0.0.1", "::1"):
+            config = DnsSource("pods.ns", 80, servers=((host, 1),))
+            names = Names(config, NameServers(reactor), ResolvConfFile("/nowhere"))
+            with self.assertRaises(LookupFailed) as caught:
+                await names.lookup()
+            self.assertIn("nobody listens", str(caught.exception))

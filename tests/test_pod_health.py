@@ -77,7 +77,7 @@ class PodHealthTests(ProxyTestCase):
         client = await self.client(request("/a"))
         pod = await self.pods[0].connection()
         await pod.has(b"/a")
-        self.upstream._publish([])
+        self.publish([])
         self.assertEqual(self.conditions(), [PodCondition.REMOVED])
         self.clock.advance(59.0)
         self.assertEqual(self.counts(), (1, 0))

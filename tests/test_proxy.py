@@ -395,7 +395,7 @@ class SlotTests(ProxyTestCase):
         await self.settled(lambda: self.counts() == (0, 2))
         self.clock.advance(10.1)
         await late.has(b'"reason": "no_pods"')
-        self.upstream._publish([self.pods[0].address])
+        self.publish([self.pods[0].address])
         pod = await self.pods[0].connection()
         await pod.has(b"/early")
         pod.send(response(b"here"))
@@ -499,7 +499,7 @@ class PodFailureTests(ProxyTestCase):
         """A pod that refuses is tried no further; the slot and the body move to another."""
         self.start(pods=1)
         dead = await self.dead_address()
-        self.upstream._publish([dead, self.pods[0].address])
+        self.publish([dead, self.pods[0].address])
         for _ in range(2):
             await self.client(request("/", method="POST", body=b"x" * 100))
         pod = await self.pods[0].connection()
@@ -524,7 +524,7 @@ class PodFailureTests(ProxyTestCase):
     async def test_all_refuse(self) -> None:
         """When every pod refuses: 502, once, and no slot is lost."""
         self.start()
-        self.upstream._publish([await self.dead_address(), await self.dead_address()])
+        self.publish([await self.dead_address(), await self.dead_address()])
         client = await self.client(request())
         answer = await client.has(b"}\n")
         self.assertIn(b"HTTP/1.1 502 Bad Gateway\r\n", answer)

@@ -91,6 +91,7 @@ class ServiceTests(TestCase):
                         "waiting": 0,
                         "running": 0,
                         "slots": 1,
+                        "shrinks": 0,
                         "pods": [
                             {
                                 "address": str(pod.address),

@@ -5,13 +5,14 @@ from __future__ import annotations
 from twisted.trial.unittest import SynchronousTestCase
 
 from strictproxy.discovery.stability import Stability, Verdict
+from strictproxy.interfaces import Endpoint
 from strictproxy.scheduling import Address
 
-A, B = Address("10.0.0.1", 80), Address("10.0.0.2", 80)
+A, B = Endpoint(Address("10.0.0.1", 80)), Endpoint(Address("10.0.0.2", 80))
 
 
 class StabilityTests(SynchronousTestCase):
-    def settled(self, *addresses: Address) -> Stability:
+    def settled(self, *addresses: Endpoint) -> Stability:
         stability = Stability(5)
         for _ in range(6):
             stability.answer(addresses, 1.0)
@@ -58,3 +59,14 @@ class StabilityTests(SynchronousTestCase):
         self.assertEqual(stability.in_force, frozenset({A}))
         stability.answer([A], 2.0)
         self.assertIsNone(stability.state().last_error)
+
+    def test_giving_up(self) -> None:
+        """Given up, a set is empty, and needs five more to be believed again."""
+        stability = self.settled(A)
+        stability.answer([B], 2.0)
+        self.assertTrue(stability.give_up(3.0))
+        self.assertFalse(stability.give_up(4.0))
+        state = stability.state()
+        self.assertEqual((state.in_force, state.since, state.candidate), (frozenset(), 3.0, None))
+        self.assertEqual(stability.answer([A], 5.0), Verdict.CANDIDATE)
+        self.assertFalse(Stability(5).give_up(1.0))

@@ -10,8 +10,7 @@ from twisted.web.http import Request
 from twisted.web.resource import Resource
 from twisted.web.server import Site
 
-from strictproxy.discovery.stability import StabilityState
-from strictproxy.scheduling import Address
+from strictproxy.interfaces import DiscoveryState, Endpoint
 from strictproxy.snapshot import PodCondition
 from strictproxy.upstream import Upstream
 
@@ -49,9 +48,11 @@ class _State(Resource):
         return json.dumps({"upstreams": document}, indent=2).encode() + b"\n"
 
 
-def _discovery(state: StabilityState) -> dict[str, Any]:
-    def texts(addresses: Collection[Address] | None) -> list[str] | None:
-        return None if addresses is None else [str(address) for address in sorted(addresses)]
+def _discovery(state: DiscoveryState) -> dict[str, Any]:
+    def texts(endpoints: Collection[Endpoint] | None) -> list[str] | None:
+        if endpoints is None:
+            return None
+        return [str(endpoint.address) for endpoint in sorted(endpoints)]
 
     return {
         "in_force": texts(state.in_force),
@@ -60,6 +61,7 @@ def _discovery(state: StabilityState) -> dict[str, Any]:
         "agreed": state.agreed,
         "rejections": state.rejections,
         "last_error": state.last_error,
+        "lookups": dict(state.lookups),
     }
 
 
@@ -71,6 +73,7 @@ def upstream_state(upstream: Upstream) -> dict[str, Any]:
         "waiting": state.waiting,
         "running": state.running,
         "slots": state.slots,
+        "shrinks": state.shrinks,
         "pods": [
             {
                 "address": str(pod.address),

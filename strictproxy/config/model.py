@@ -27,12 +27,24 @@ class StaticSource:
     pods: tuple[Address, ...]
 
 
+class Family(Enum):
+    """Which addresses of a name are pods."""
+
+    #: IPv4 where there is any, else IPv6: a pod that has both is one pod
+    AUTO = "auto"
+    IPV4 = "ipv4"
+    IPV6 = "ipv6"
+    #: every address is a pod of its own
+    BOTH = "both"
+
+
 @dataclass(frozen=True)
 class DnsSource:
     """Pods that are the addresses of a headless Service's name."""
 
     name: str
-    port: int
+    #: None if `name` is one of SRV records, which say it
+    port: int | None = None
     #: between two looks while nothing changes
     every: float = 2.0
     #: how many lookups must agree before a new set is believed
@@ -43,6 +55,11 @@ class DnsSource:
     retry_after: float = 10.0
     #: name servers to ask; those of resolv.conf if empty
     servers: tuple[Server, ...] = ()
+    family: Family = Family.AUTO
+    #: look into /etc/hosts first
+    hosts: bool = False
+    #: the last good set is given up after so long without an answer
+    max_stale: float | None = None
 
 
 Source = StaticSource | DnsSource

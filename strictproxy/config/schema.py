@@ -20,6 +20,7 @@ from strictproxy.config.model import (
     ClientConfig,
     Config,
     DnsSource,
+    Family,
     HeaderEdits,
     ListenConfig,
     ListenTls,
@@ -136,14 +137,24 @@ def _source(part: Section) -> Source:
 
 
 def _dns(part: Section) -> DnsSource:
+    name = part.take("name", kinds.dns_name)
+    port = part.take("port", reader.port, None)
+    if "port" not in part and "name" in part and not str(name).startswith("_"):
+        part.note(
+            None,
+            "'port' is missing; only SRV records, as of _http._tcp.name, say the port themselves",
+        )
     return DnsSource(
-        name=part.take("name", kinds.dns_name),
-        port=part.take("port", reader.port),
+        name=name,
+        port=port,
         every=part.take("every", reader.duration, DnsSource.every),
         lookups=part.take("lookups", reader.whole(1), DnsSource.lookups),
         interval=part.take("interval", reader.duration, DnsSource.interval),
         retry_after=part.take("retry_after", reader.duration, DnsSource.retry_after),
         servers=part.take("servers", reader.one_or_more(kinds.name_server), ()),
+        family=part.take("family", reader.choice(Family), DnsSource.family),
+        hosts=part.take("hosts", reader.boolean, DnsSource.hosts),
+        max_stale=part.take("max_stale", reader.or_off(reader.duration), DnsSource.max_stale),
     )
 
 

@@ -9,112 +9,75 @@ lookup is an answer that could not be had, and the last good set stays.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from socket import AF_INET6, inet_ntop
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Protocol
 
-from twisted.internet.defer import CancelledError, Deferred, FirstError, gatherResults, succeed
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
-from twisted.names import dns
-from twisted.names.client import Resolver
-from twisted.names.error import DNSNameError
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from strictproxy.config.model import DnsSource
-from strictproxy.discovery.stability import Stability, StabilityState, Verdict
-from strictproxy.interfaces import IDiscovery, Publish
-from strictproxy.scheduling import Address
+from strictproxy.discovery.records import LookupFailed, Outcome
+from strictproxy.discovery.stability import Stability, Verdict
+from strictproxy.interfaces import DiscoveryState, Endpoint, IDiscovery, Publish
 
 _log = Logger()
 
-#: Seconds to wait for one name server, first and second try.
-TIMEOUTS = (1, 2)
+#: Looks are put off by up to this part of their interval, so that replicas do not ask in step.
+_JITTER = 0.25
 
 
-class AddressSource(Protocol):
-    """Looks a name up once."""
+class Source(Protocol):
+    """Looks once; see `Names.lookup`."""
 
-    def addresses(self, name: str) -> Deferred[Collection[str]]:
-        """
-        Return the IP addresses of `name`; none if the name has none or does not exist.
-
-        Fails if it could not be found out.
-        """
-
-
-class NamesSource:
-    """
-    Looks names up through twisted.names, A and AAAA, over TCP where UDP was truncated.
-    """
-
-    def __init__(self, resolver: Resolver) -> None:
-        self._resolver = resolver
-
-    def addresses(self, name: str) -> Deferred[Collection[str]]:
-        """Return the addresses of `name`; see `AddressSource`."""
-        lookups = [
-            self._resolver.lookupAddress(name, timeout=TIMEOUTS),
-            self._resolver.lookupIPV6Address(name, timeout=TIMEOUTS),
-        ]
-        for lookup in lookups:
-            lookup.addCallbacks(_addresses_in, _no_such_name)
-        both: Deferred[list[list[str]]] = gatherResults(lookups, consumeErrors=True)
-        return both.addCallbacks(_flatten, _first_failure)
-
-
-def _addresses_in(sections: tuple[Iterable[dns.RRHeader], ...]) -> list[str]:
-    answers, _, _ = sections
-    found = []
-    for record in answers:
-        payload: object = record.payload
-        if isinstance(payload, dns.Record_A):
-            found.append(payload.dottedQuad())
-        elif isinstance(payload, dns.Record_AAAA):
-            found.append(inet_ntop(AF_INET6, payload.address))
-    return found
-
-
-def _no_such_name(failure: Failure) -> list[str]:
-    # For a headless Service, NXDOMAIN is how "no pod is ready" may look.
-    failure.trap(DNSNameError)
-    return []
-
-
-def _flatten(lists: list[list[str]]) -> Collection[str]:
-    return [address for addresses in lists for address in addresses]
-
-
-def _first_failure(failure: Failure) -> Failure:
-    error = failure.value
-    return error.subFailure if isinstance(error, FirstError) else failure
+    async def lookup(self) -> tuple[Outcome, Collection[Endpoint]]:
+        """Look."""
 
 
 @implementer(IDiscovery)
 class DnsDiscovery:
-    """Publishes the stable addresses of one name."""
+    """
+    Publishes the stable pods of one name.
 
-    def __init__(self, config: DnsSource, source: AddressSource, clock: IReactorTime) -> None:
+    :param random: from 0 to 1, for what should not happen in step elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: DnsSource,
+        source: Source,
+        clock: IReactorTime,
+        random: Callable[[], float],
+    ) -> None:
         self._config = config
         self._source = source
         self._clock = clock
+        self._random = random
         self._stability = Stability(config.lookups)
         self._publish: Publish | None = None
-        self._watch = LoopingCall(lambda: Deferred.fromCoroutine(self._look()))
+        self._watch = LoopingCall(lambda: Deferred.fromCoroutine(self._look_later()))
         self._watch.clock = clock
         self._confirm = LoopingCall(lambda: Deferred.fromCoroutine(self._look_again()))
         self._confirm.clock = clock
         self._verdict = Verdict.SAME
-        self._pause: Deferred[None] | None = None
+        self._outcomes: Counter[str] = Counter({each.value: 0 for each in Outcome})
+        #: what is awaited now, and ends with us
+        self._pending: Deferred[None] | Deferred[tuple[Outcome, Collection[Endpoint]]] | None = None
         self._looking = False
         #: when the last look began
         self._looked = float("-inf")
+        #: when there was an answer last
+        self._answered_at = clock.seconds()
 
     def start(self, publish: Publish) -> None:
         """Begin to look."""
         self._publish = publish
+        self._answered_at = self._clock.seconds()
         self._watch.start(self._config.every).addErrback(_log_failure)
 
     def stop(self) -> None:
@@ -123,8 +86,8 @@ class DnsDiscovery:
         for loop in (self._confirm, self._watch):
             if loop.running:
                 loop.stop()
-        if self._pause is not None:
-            self._pause.cancel()
+        if self._pending is not None:
+            self._pending.cancel()
 
     def look_now(self) -> None:
         """Look at once, unless a look, a round or a pause is under way, or was a moment ago."""
@@ -135,9 +98,15 @@ class DnsDiscovery:
         if self._publish is not None and not self._looking:
             Deferred.fromCoroutine(self._look()).addErrback(_log_failure)
 
-    def state(self) -> StabilityState:
+    def state(self) -> DiscoveryState:
         """Return a snapshot of what is believed and what is being looked into."""
-        return self._stability.state()
+        return replace(self._stability.state(), lookups=dict(self._outcomes))
+
+    async def _look_later(self) -> None:
+        """Look, but not in step with others; the first time at once."""
+        if self._outcomes.total():
+            await self._wait(self._random() * _JITTER * self._config.every)
+        await self._look()
 
     async def _look(self) -> None:
         """Look, and go on until the answer is what is in force, or cannot be had."""
@@ -157,44 +126,73 @@ class DnsDiscovery:
                     name=self._config.name,
                     seconds=self._config.retry_after,
                 )
-                self._pause = deferLater(self._clock, self._config.retry_after)
-                await self._pause
-        except CancelledError:
-            pass  # stopped during the pause
+                await self._wait(self._config.retry_after)
         except Exception:
             _log.failure("{name}: discovery failed", name=self._config.name)
         finally:
             self._looking = False
 
+    async def _wait(self, seconds: float) -> None:
+        """Wait; less if we are stopped."""
+        if not seconds or self._publish is None:
+            return
+        pause: Deferred[None] = deferLater(self._clock, seconds)
+        self._pending = pause
+        try:
+            await pause
+        except CancelledError:
+            pass
+        finally:
+            self._pending = None
+
     async def _round(self) -> Verdict:
         """Ask again, a moment apart, until the candidate is believed or dropped."""
         if self._publish is not None:
             await self._confirm.start(self._config.interval, now=False)
-        if self._verdict is Verdict.ACCEPTED and self._publish is not None:
-            self._publish(sorted(self._stability.in_force or ()))
+        if self._verdict is Verdict.ACCEPTED:
+            self._tell()
         return self._verdict
+
+    def _tell(self) -> None:
+        if self._publish is not None:
+            self._publish(sorted(self._stability.in_force or ()))
 
     async def _look_again(self) -> None:
         self._verdict = await self._ask()
         if self._verdict is not Verdict.AGREED and self._confirm.running:
             self._confirm.stop()
 
-    def _ask(self) -> Deferred[Verdict]:
-        """Ask once; the result is what became of the answer. Never fails."""
+    async def _ask(self) -> Verdict:
+        """Ask once, and return what became of the answer."""
+        self._pending = asked = Deferred.fromCoroutine(self._source.lookup())
         try:
-            asked = self._source.addresses(self._config.name)
-        except Exception:
-            return succeed(self._unanswered(Failure()))
-        return asked.addCallbacks(self._answered, self._unanswered)
+            outcome, endpoints = await asked
+        except CancelledError:
+            return Verdict.UNKNOWN  # stopped
+        except LookupFailed as error:
+            return self._unanswered(error.outcome, str(error))
+        except Exception as error:
+            _log.failure("{name}: a lookup broke", name=self._config.name)
+            return self._unanswered(Outcome.ERROR, str(error) or type(error).__name__)
+        finally:
+            self._pending = None
+        self._outcomes[outcome.value] += 1
+        self._answered_at = self._clock.seconds()
+        return self._stability.answer(endpoints, self._answered_at)
 
-    def _answered(self, hosts: Collection[str]) -> Verdict:
-        addresses = [Address(host, self._config.port) for host in hosts]
-        return self._stability.answer(addresses, self._clock.seconds())
-
-    def _unanswered(self, failure: Failure) -> Verdict:
-        reason = failure.getErrorMessage() or type(failure.value).__name__
+    def _unanswered(self, outcome: Outcome, reason: str) -> Verdict:
+        self._outcomes[outcome.value] += 1
         _log.warn("{name}: lookup failed: {reason}", name=self._config.name, reason=reason)
-        return self._stability.no_answer(reason)
+        verdict = self._stability.no_answer(reason)
+        now, most = self._clock.seconds(), self._config.max_stale
+        if most is not None and now - self._answered_at >= most and self._stability.give_up(now):
+            _log.error(
+                "{name}: no answer for {seconds:g} s: its pods are given up",
+                name=self._config.name,
+                seconds=now - self._answered_at,
+            )
+            self._tell()
+        return verdict
 
 
 def _log_failure(failure: Failure) -> None:

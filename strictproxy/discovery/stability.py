@@ -10,12 +10,11 @@ some time later. An answer that could not be had agrees with nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 
-from strictproxy.scheduling import Address
+from strictproxy.interfaces import DiscoveryState, Endpoint
 
-Addresses = frozenset[Address]
+Endpoints = frozenset[Endpoint]
 
 
 class Verdict(Enum):
@@ -35,18 +34,6 @@ class Verdict(Enum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class StabilityState:
-    """The state of belief at one moment, for people and metrics."""
-
-    in_force: Addresses | None
-    since: float | None
-    candidate: Addresses | None
-    agreed: int
-    rejections: int
-    last_error: str | None
-
-
 class Stability:
     """
     Decides which of the answers to believe.
@@ -57,21 +44,21 @@ class Stability:
 
     def __init__(self, lookups: int) -> None:
         self._lookups = lookups
-        self._in_force: Addresses | None = None
+        self._in_force: Endpoints | None = None
         self._since: float | None = None
-        self._candidate: Addresses | None = None
+        self._candidate: Endpoints | None = None
         self._agreed = 0
         self._rejections = 0
         self._last_error: str | None = None
 
     @property
-    def in_force(self) -> Addresses | None:
+    def in_force(self) -> Endpoints | None:
         """The set that is believed, or None before there is one."""
         return self._in_force
 
-    def answer(self, addresses: Iterable[Address], now: float) -> Verdict:
+    def answer(self, endpoints: Iterable[Endpoint], now: float) -> Verdict:
         """Take an answer; its order and repetitions do not matter."""
-        found = frozenset(addresses)
+        found = frozenset(endpoints)
         if self._candidate is None:
             if found == self._in_force:
                 self._last_error = None
@@ -94,9 +81,21 @@ class Stability:
         self._last_error = error
         return Verdict.UNKNOWN if self._candidate is None else self._reject()
 
-    def state(self) -> StabilityState:
+    def give_up(self, now: float) -> bool:
+        """
+        Believe in no pod any more, for want of answers. Returns whether that changes anything.
+
+        The next answer has to be agreed with like any other.
+        """
+        self._candidate, self._agreed = None, 0
+        if not self._in_force:
+            return False
+        self._in_force, self._since = frozenset(), now
+        return True
+
+    def state(self) -> DiscoveryState:
         """Return a snapshot."""
-        return StabilityState(
+        return DiscoveryState(
             self._in_force,
             self._since,
             self._candidate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from zope.interface import implementer
 
 from strictproxy.config.model import StaticSource
-from strictproxy.interfaces import IDiscovery, Publish
+from strictproxy.interfaces import Endpoint, IDiscovery, Publish
 
 
 @implementer(IDiscovery)
@@ -13,11 +13,11 @@ class StaticDiscovery:
     """Publishes the configured pods once."""
 
     def __init__(self, source: StaticSource) -> None:
-        self._pods = source.pods
+        self._endpoints = [Endpoint(pod) for pod in source.pods]
 
     def start(self, publish: Publish) -> None:
         """Publish."""
-        publish(self._pods)
+        publish(self._endpoints)
 
     def stop(self) -> None:
         """Do nothing."""
