@@ -43,9 +43,18 @@ from twisted.python.usage import UsageError
 
 import strictproxy.plugins
 from strictproxy.admin.resources import QuietSite, make_admin
-from strictproxy.config import Config, DnsSource, StaticSource, load
-from strictproxy.config.model import ClientConfig, ListenConfig, LogConfig
+from strictproxy.config import Config, StaticSource, load
+from strictproxy.config.model import (
+    ClientConfig,
+    KubernetesSource,
+    ListenConfig,
+    LogConfig,
+    Source,
+)
 from strictproxy.discovery.dns import DnsDiscovery
+from strictproxy.discovery.kubernetes.access import find_access
+from strictproxy.discovery.kubernetes.api import EndpointSliceApi, agent_for
+from strictproxy.discovery.kubernetes.watcher import KubernetesDiscovery
 from strictproxy.discovery.names import Names, ResolvConfFile
 from strictproxy.discovery.nameservers import NameServers
 from strictproxy.discovery.static import StaticDiscovery
@@ -316,10 +325,18 @@ class ProxyService(Service):
             endpoint_for = _secured(endpoint_for, PodTlsOptions(config.tls))
         return Upstream(config, routes, discovery, endpoint_for, self._reactor)
 
-    def _make_discovery(self, source: DnsSource | StaticSource) -> IDiscovery:
+    def _make_discovery(self, source: Source) -> IDiscovery:
         discovery: IDiscovery
         if isinstance(source, StaticSource):
             discovery = StaticDiscovery(source)
+        elif isinstance(source, KubernetesSource):
+            api = EndpointSliceApi(
+                source.service,
+                lambda: find_access(source, os.environ),
+                lambda access: agent_for(access, self._reactor),
+                self._reactor,
+            )
+            discovery = KubernetesDiscovery(source, api, self._reactor, random.random)
         else:
             names = Names(source, self._name_servers, self._resolv_conf)
             discovery = DnsDiscovery(source, names, self._reactor, random.random)

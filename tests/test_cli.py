@@ -12,6 +12,7 @@ from strictproxy.config import Config, load
 from strictproxy.config.model import (
     ClientConfig,
     DnsSource,
+    KubernetesSource,
     LogConfig,
     PodConnections,
     QueueConfig,
@@ -82,6 +83,14 @@ class ShippedFilesTests(SynchronousTestCase):
         assert isinstance(source, DnsSource)
         self.assertEqual(source, DnsSource(source.name, source.port))
         text = (ETC / "strictproxy.yaml").read_text()
-        for record in (ClientConfig, LogConfig, QueueConfig, PodConnections, DnsSource, Config):
+        for record in (
+            ClientConfig,
+            LogConfig,
+            QueueConfig,
+            PodConnections,
+            DnsSource,
+            KubernetesSource,
+            Config,
+        ):
             for key in record.__dataclass_fields__:
                 self.assertIn(f"{key}:", text)

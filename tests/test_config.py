@@ -23,6 +23,8 @@ from strictproxy.config import (
 )
 from strictproxy.config.model import (
     CertificateFiles,
+    Family,
+    KubernetesSource,
     ListenConfig,
     ListenTls,
     PodTls,
@@ -134,7 +136,7 @@ BROKEN: list[tuple[str, str, str]] = [
     (
         "no source",
         upstream("{limit: 1}"),
-        "f:3:6: upstreams.u: no source of pods: 'dns' or 'static' is missing",
+        "f:3:6: upstreams.u: no source of pods: 'dns', 'kubernetes' or 'static' is missing",
     ),
     (
         "two sources",
@@ -205,6 +207,46 @@ BROKEN: list[tuple[str, str, str]] = [
         "dns port too large",
         upstream("{dns: {name: a, port: 65536}}"),
         "f:3:28: upstreams.u.dns.port: must be at most 65535, not 65536",
+    ),
+    (
+        "kubernetes without service",
+        upstream("{kubernetes: {port: http}}"),
+        "f:3:19: upstreams.u.kubernetes: 'service' is missing",
+    ),
+    (
+        "service that is no name",
+        upstream("{kubernetes: {service: a.b}}"),
+        "f:3:29: upstreams.u.kubernetes.service: 'a.b' is not a name such as transcode-pods",
+    ),
+    (
+        "service port that is none",
+        upstream("{kubernetes: {service: a, port: HTTP}}"),
+        "f:3:38: upstreams.u.kubernetes.port: 'HTTP' is neither a port's name nor its number",
+    ),
+    (
+        "service port too large",
+        upstream("{kubernetes: {service: a, port: 99999}}"),
+        "f:3:38: upstreams.u.kubernetes.port: must be at most 65535, not 99999",
+    ),
+    (
+        "server that is no URL",
+        upstream('{kubernetes: {service: a, server: "10.96.0.1:443"}}'),
+        "f:3:40: upstreams.u.kubernetes.server: '10.96.0.1:443' is not a URL such as https://10.96.0.1:443",
+    ),
+    (
+        "kubeconfig and server, and a token for neither",
+        upstream("{kubernetes: {service: a, kubeconfig: b, server: 'http://c'}}"),
+        "f:3:47: upstreams.u.kubernetes.server: 'kubeconfig' and 'server' exclude each other",
+    ),
+    (
+        "token without server",
+        upstream("{kubernetes: {service: a, token_file: b}}"),
+        "f:3:32: upstreams.u.kubernetes.token_file: 'token_file' is for a 'server' of your own",
+    ),
+    (
+        "three sources",
+        upstream("{static: a:1, kubernetes: {service: a}, dns: {name: a, port: 1}}"),
+        "f:3:7: upstreams.u.static: 'dns' and 'kubernetes' and 'static' exclude each other",
     ),
     (
         "name server by name",
@@ -575,6 +617,25 @@ routes:
         self.assertEqual((u.limit, u.queue.size), (3, 7))
         self.assertEqual((config.routes[0].match.path, config.routes[0].name), ("/${x}", "5"))
         self.assertIsNone(u.queue.timeout)
+
+    def test_sources(self) -> None:
+        """Everything that a source of pods can say."""
+        for written, source in (
+            (
+                "dns: {name: _http._tcp.a, family: ipv6, hosts: true, max_stale: 1h}",
+                DnsSource("_http._tcp.a", None, family=Family.IPV6, hosts=True, max_stale=3600.0),
+            ),
+            (
+                "kubernetes: {service: a, namespace: b, port: http, kubeconfig: c, family: both}",
+                KubernetesSource("a", "b", "http", Family.BOTH, "c"),
+            ),
+            (
+                "kubernetes: {service: a, port: 80, server: 'https://h:1/x', token_file: t, ca: c}",
+                KubernetesSource("a", None, 80, server="https://h:1/x", token_file="t", ca="c"),
+            ),
+        ):
+            config = parse(upstream(f"{{{written}}}"), "f")
+            self.assertEqual(config.upstreams["u"].source, source)
 
     def test_routes(self) -> None:
         """Everything that a route can say."""

@@ -14,6 +14,7 @@ import yaml
 from twisted.trial.unittest import SynchronousTestCase
 
 from strictproxy.config import DnsSource, load
+from strictproxy.config.model import KubernetesSource
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "k8s" / "base"
@@ -88,6 +89,48 @@ class ManifestTests(SynchronousTestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         kinds = [document["kind"] for document in yaml.safe_load_all(done.stdout)]
         self.assertIn("ConfigMap", kinds)
+
+
+class EndpointSliceOverlayTests(SynchronousTestCase):
+    folder = ROOT / "k8s" / "overlays" / "endpointslices"
+
+    def test_role_is_what_is_used(self) -> None:
+        """The role allows the two calls that are made, and nothing else."""
+        role, binding = yaml.safe_load_all((self.folder / "rbac.yaml").read_text())
+        for manifest in (role, binding):
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        rule = {
+            "apiGroups": ["discovery.k8s.io"],
+            "resources": ["endpointslices"],
+            "verbs": ["list", "watch"],
+        }
+        self.assertEqual(role["rules"], [rule])
+        self.assertEqual(binding["roleRef"]["name"], role["metadata"]["name"])
+        account = yaml.safe_load((BASE / "serviceaccount.yaml").read_text())
+        self.assertEqual(binding["subjects"][0]["name"], account["metadata"]["name"])
+
+    def test_configuration(self) -> None:
+        """It names the headless Service of the base, and its port."""
+        source = load(self.folder / "strictproxy.yaml").upstreams["transcode"].source
+        assert isinstance(source, KubernetesSource)
+        service = yaml.safe_load((BASE / "headless.yaml").read_text())
+        self.assertEqual(source.service, service["metadata"]["name"])
+        self.assertEqual(source.port, service["spec"]["ports"][0]["name"])
+
+    def test_kustomize(self) -> None:
+        """Its files are there; kubectl, if it is here, builds it with the token mounted."""
+        kustomization = yaml.safe_load((self.folder / "kustomization.yaml").read_text())
+        for name in (*kustomization["resources"], "strictproxy.yaml"):
+            self.assertTrue((self.folder / name).exists(), name)
+        if shutil.which("kubectl") is None:
+            return
+        done = subprocess.run(
+            ["kubectl", "kustomize", str(self.folder)], capture_output=True, text=True, check=False
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        built = {(m["kind"], m["metadata"]["name"]): m for m in yaml.safe_load_all(done.stdout)}
+        pod = built["Deployment", "strictproxy"]["spec"]["template"]["spec"]
+        self.assertIs(pod["automountServiceAccountToken"], True)
 
 
 class DockerfileTests(SynchronousTestCase):

@@ -12,6 +12,7 @@ PURE = [
     *sorted((PACKAGE / "scheduling").glob("*.py")),
     PACKAGE / "routing.py",
     PACKAGE / "discovery" / "stability.py",
+    PACKAGE / "discovery" / "kubernetes" / "slices.py",
     PACKAGE / "discovery" / "resolv_conf.py",
     *(
         PACKAGE / "http" / f"{name}.py"

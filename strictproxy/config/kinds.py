@@ -179,6 +179,32 @@ def dns_name(document: Document, node: yaml.Node, path: str) -> str:
     return written
 
 
+def service_port(document: Document, node: yaml.Node, path: str) -> str | int:
+    """The name or the number of a Service's port (RFC 6335, 5.1)."""
+    _, written = document.scalar(node)
+    if written.isdecimal():
+        return reader.port(document, node, path)
+    if not re.fullmatch(r"(?=.{1,15}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?", written):
+        raise Wrong(f"{written!r} is neither a port's name nor its number")
+    return written
+
+
+def label(document: Document, node: yaml.Node, path: str) -> str:
+    """A name of Kubernetes objects such as Services (RFC 1123, 2.1)."""
+    written = reader.text(document, node, path)
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", written):
+        raise Wrong(f"{written!r} is not a name such as transcode-pods")
+    return written
+
+
+def url(document: Document, node: yaml.Node, path: str) -> str:
+    """The URL of a server."""
+    written = reader.text(document, node, path)
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", written):
+        raise Wrong(f"{written!r} is not a URL such as https://10.96.0.1:443")
+    return written
+
+
 def url_path(document: Document, node: yaml.Node, path: str) -> str:
     """A path that starts with a slash and has no query."""
     written = reader.text(document, node, path)

@@ -62,7 +62,25 @@ class DnsSource:
     max_stale: float | None = None
 
 
-Source = StaticSource | DnsSource
+@dataclass(frozen=True)
+class KubernetesSource:
+    """Pods that a Service's EndpointSlices name."""
+
+    service: str
+    #: that of the pod we run in, or of the kubeconfig, if None
+    namespace: str | None = None
+    #: name or number of the pods' port; None if they have only one
+    port: str | int | None = None
+    family: Family = Family.AUTO
+    #: a file that says where the API server is and what to show it
+    kubeconfig: str | None = None
+    #: or its URL, with files of a token and of the authority to trust
+    server: str | None = None
+    token_file: str | None = None
+    ca: str | None = None
+
+
+Source = StaticSource | DnsSource | KubernetesSource
 
 
 @dataclass(frozen=True)

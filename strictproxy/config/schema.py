@@ -22,6 +22,7 @@ from strictproxy.config.model import (
     DnsSource,
     Family,
     HeaderEdits,
+    KubernetesSource,
     ListenConfig,
     ListenTls,
     LogConfig,
@@ -127,13 +128,35 @@ def _upstream(name: str, part: Section) -> UpstreamConfig:
 
 
 def _source(part: Section) -> Source:
-    dns = part.take("dns", reader.section(_dns), None)
-    static = part.take("static", kinds.static_pods, None)
-    if "dns" in part and "static" in part:
-        part.note("static", "'dns' and 'static' exclude each other")
-    elif "dns" not in part and "static" not in part:
-        part.note(None, "no source of pods: 'dns' or 'static' is missing")
-    return dns or static or StaticSource(())
+    found = [
+        part.take("dns", reader.section(_dns), None),
+        part.take("kubernetes", reader.section(_kubernetes), None),
+        part.take("static", kinds.static_pods, None),
+    ]
+    given = [key for key in ("dns", "kubernetes", "static") if key in part]
+    if len(given) > 1:
+        part.note(given[-1], f"{' and '.join(map(repr, given))} exclude each other")
+    elif not given:
+        part.note(None, "no source of pods: 'dns', 'kubernetes' or 'static' is missing")
+    return next((source for source in found if source is not None), StaticSource(()))
+
+
+def _kubernetes(part: Section) -> KubernetesSource:
+    if "kubeconfig" in part and "server" in part:
+        part.note("server", "'kubeconfig' and 'server' exclude each other")
+    for key in ("token_file", "ca"):
+        if key in part and "server" not in part:
+            part.note(key, f"{key!r} is for a 'server' of your own")
+    return KubernetesSource(
+        service=part.take("service", kinds.label),
+        namespace=part.take("namespace", kinds.label, None),
+        port=part.take("port", kinds.service_port, None),
+        family=part.take("family", reader.choice(Family), KubernetesSource.family),
+        kubeconfig=part.take("kubeconfig", reader.text, None),
+        server=part.take("server", kinds.url, None),
+        token_file=part.take("token_file", reader.text, None),
+        ca=part.take("ca", reader.text, None),
+    )
 
 
 def _dns(part: Section) -> DnsSource:

@@ -1,0 +1,1 @@
+"""Pods that a Service's EndpointSlices name, as they change."""
