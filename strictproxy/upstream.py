@@ -9,6 +9,7 @@ end what runs too long on a pod that is gone. Everything that decides is in
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol, cast
 
@@ -16,6 +17,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
+from strictproxy.checks import Checker
 from strictproxy.config.model import RouteConfig, UpstreamConfig
 from strictproxy.errors import PodGone, ProxyError
 from strictproxy.http.pool import EndpointFor, PodPool
@@ -90,6 +92,16 @@ class Upstream:
         self._said: dict[Address, int] = {}
         #: since when pods are gone that still run requests
         self._gone: dict[Address, float] = {}
+        self._checker: Checker | None = None
+        if config.check is not None:
+            self._checker = Checker(
+                config.check,
+                endpoint_for,
+                clock,
+                random.random,
+                self._check_passed,
+                self._check_failed,
+            )
         self._timer: IDelayedCall | None = None
         self._pod_timer: IDelayedCall | None = None
 
@@ -100,6 +112,8 @@ class Upstream:
     def stop(self) -> None:
         """Stop learning pods, and close the connections to them."""
         self.discovery.stop()
+        if self._checker is not None:
+            self._checker.stop()
         self.pool.stop()
         for timer in (self._timer, self._pod_timer):
             if timer is not None:
@@ -149,6 +163,14 @@ class Upstream:
     def failed(self, address: Address, error: str) -> None:
         """Note that a pod failed a request that it had received."""
         if self.health.failed(address, self._clock.seconds(), error):
+            self._standings_changed(address)
+
+    def _check_passed(self, address: Address) -> None:
+        if self.health.check_passed(address):
+            self._standings_changed(address)
+
+    def _check_failed(self, address: Address, error: str) -> None:
+        if self.health.check_failed(address, self._clock.seconds(), error):
             self._standings_changed(address)
 
     def said_limit(self, address: Address, value: bytes) -> None:
@@ -334,6 +356,8 @@ class Upstream:
         self._apply()
         self.scheduler.set_pods(after, now)
         self.pool.retain(after)
+        if self._checker is not None:
+            self._checker.set_pods(after)
         # With the last pod gone, or the first one there, deadlines are others.
         self._set_timer()
 

@@ -22,6 +22,7 @@ from zope.interface import implementer
 
 from strictproxy import forwarding
 from strictproxy.config.model import (
+    CheckConfig,
     ClientConfig,
     Match,
     PodConnections,
@@ -203,6 +204,7 @@ class ProxyTestCase(TestCase):
         static: list[Address] | None = None,
         limit_header: str | None = None,
         drain_timeout: float | None = None,
+        check: CheckConfig | None = None,
     ) -> None:
         """Start pods, and a proxy in front of them."""
         self.pods = [ScriptedPod() for _ in range(pods)]
@@ -217,6 +219,7 @@ class ProxyTestCase(TestCase):
             connections or PodConnections(),
             limit_header=limit_header,
             drain_timeout=drain_timeout,
+            check=check,
         )
         self.upstream = Upstream(
             config,

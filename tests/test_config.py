@@ -23,6 +23,7 @@ from strictproxy.config import (
 )
 from strictproxy.config.model import (
     CertificateFiles,
+    CheckConfig,
     Family,
     KubernetesSource,
     ListenConfig,
@@ -247,6 +248,31 @@ BROKEN: list[tuple[str, str, str]] = [
         "three sources",
         upstream("{static: a:1, kubernetes: {service: a}, dns: {name: a, port: 1}}"),
         "f:3:7: upstreams.u.static: 'dns' and 'kubernetes' and 'static' exclude each other",
+    ),
+    (
+        "check of nothing",
+        upstream("{static: a:1, check: {every: 1s}}"),
+        "f:3:27: upstreams.u.check: needs 'http: /path' or 'tcp: true'",
+    ),
+    (
+        "check of two kinds",
+        upstream("{static: a:1, check: {http: /, tcp: true}}"),
+        "f:3:37: upstreams.u.check.tcp: 'http' and 'tcp' exclude each other",
+    ),
+    (
+        "check that is none",
+        upstream("{static: a:1, check: {tcp: false}}"),
+        "f:3:28: upstreams.u.check.tcp: must be true, or not be there",
+    ),
+    (
+        "check of a connection's status",
+        upstream("{static: a:1, check: {tcp: true, status: 200}}"),
+        "f:3:39: upstreams.u.check.status: 'status' is for checks by 'http'",
+    ),
+    (
+        "check with a status that is none",
+        upstream("{static: a:1, check: {http: /, status: 600}}"),
+        "f:3:45: upstreams.u.check.status: must be from 200 to 599, not 600",
     ),
     (
         "name server by name",
@@ -636,6 +662,20 @@ routes:
         ):
             config = parse(upstream(f"{{{written}}}"), "f")
             self.assertEqual(config.upstreams["u"].source, source)
+
+    def test_check(self) -> None:
+        """Everything that a check can say."""
+        for written, check in (
+            (
+                "{http: /h, status: [200, 204], body: ok, port: 9, every: 1s, timeout: 3s, rise: 4,"
+                " fall: 5}",
+                CheckConfig("/h", frozenset({200, 204}), "ok", 9, 1.0, 3.0, 4, 5),
+            ),
+            ("{tcp: true}", CheckConfig()),
+            ("{http: /}", CheckConfig("/")),
+        ):
+            config = parse(upstream(f"{{static: a:1, check: {written}}}"), "f")
+            self.assertEqual(config.upstreams["u"].check, check)
 
     def test_routes(self) -> None:
         """Everything that a route can say."""

@@ -159,6 +159,14 @@ def status(document: Document, node: yaml.Node, path: str) -> int:
     return code
 
 
+def any_status(document: Document, node: yaml.Node, path: str) -> int:
+    """A final response's status code (RFC 9110, 15)."""
+    code = reader.whole(200)(document, node, path)
+    if code > 599:
+        raise Wrong(f"must be from 200 to 599, not {code}")
+    return code
+
+
 def name_server(document: Document, node: yaml.Node, path: str) -> Server:
     """`address[:port]` of a DNS server."""
     host, number = split_host_port(reader.text(document, node, path), _DEFAULT_DNS_PORT)

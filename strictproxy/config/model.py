@@ -103,6 +103,8 @@ class PodConnections:
     first_byte_timeout: float | None = None
     #: between two pieces of the answer
     idle_timeout: float | None = 600.0
+    #: a pod whose kernel does not answer for so long is taken for dead
+    dead_after: float | None = 60.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,26 @@ class ListenConfig:
 
 
 @dataclass(frozen=True)
+class CheckConfig:
+    """How pods are asked whether they are well."""
+
+    #: of an HTTP request; None is only to connect
+    path: str | None = None
+    #: that a good answer may have
+    statuses: frozenset[int] = frozenset(range(200, 400))
+    #: that a good answer contains
+    body: str | None = None
+    #: None is the one that requests go to
+    port: int | None = None
+    every: float = 5.0
+    timeout: float = 2.0
+    #: so many good answers in a row bring a pod back
+    rise: int = 2
+    #: so many bad ones put it aside
+    fall: int = 3
+
+
+@dataclass(frozen=True)
 class UpstreamConfig:
     """Pods that do the same job."""
 
@@ -163,6 +185,7 @@ class UpstreamConfig:
     health: HealthPolicy = field(default_factory=HealthPolicy)
     #: requests may run so long on a pod that discovery does not know any more
     drain_timeout: float | None = None
+    check: CheckConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from strictproxy.config import kinds, reader
 from strictproxy.config.model import (
     Body,
     CertificateFiles,
+    CheckConfig,
     ClientConfig,
     Config,
     DnsSource,
@@ -122,6 +123,7 @@ def _upstream(name: str, part: Section) -> UpstreamConfig:
         queue=part.take("queue", reader.section(_queue), QueueConfig()),
         health=part.take("health", reader.section(_health), HealthPolicy()),
         drain_timeout=part.take("drain_timeout", reader.or_off(reader.duration), None),
+        check=part.take("check", reader.section(_check), None),
         connections=part.take("connections", reader.section(_connections), PodConnections()),
         tls=part.take("tls", reader.section(_pod_tls), None),
     )
@@ -201,6 +203,32 @@ def _health(part: Section) -> HealthPolicy:
     )
 
 
+def _check(part: Section) -> CheckConfig:
+    default = CheckConfig()
+    http = part.take("http", kinds.url_path, None)
+    tcp = part.take("tcp", reader.boolean, None)
+    if "http" in part and "tcp" in part:
+        part.note("tcp", "'http' and 'tcp' exclude each other")
+    elif "http" not in part and "tcp" not in part:
+        part.note(None, "needs 'http: /path' or 'tcp: true'")
+    elif tcp is False:
+        part.note("tcp", "must be true, or not be there")
+    for key in ("status", "body"):
+        if tcp and key in part:
+            part.note(key, f"{key!r} is for checks by 'http'")
+    statuses = part.take("status", reader.one_or_more(kinds.any_status), None)
+    return CheckConfig(
+        path=http,
+        statuses=default.statuses if statuses is None else frozenset(statuses),
+        body=part.take("body", reader.text, None),
+        port=part.take("port", reader.port, None),
+        every=part.take("every", reader.duration, default.every),
+        timeout=part.take("timeout", reader.duration, default.timeout),
+        rise=part.take("rise", reader.whole(1), default.rise),
+        fall=part.take("fall", reader.whole(1), default.fall),
+    )
+
+
 def _connections(part: Section) -> PodConnections:
     default = PodConnections()
     off = reader.or_off(reader.duration)
@@ -209,6 +237,7 @@ def _connections(part: Section) -> PodConnections:
         keepalive=part.take("keepalive", reader.duration, default.keepalive),
         first_byte_timeout=part.take("first_byte_timeout", off, default.first_byte_timeout),
         idle_timeout=part.take("idle_timeout", off, default.idle_timeout),
+        dead_after=part.take("dead_after", off, default.dead_after),
     )
 
 

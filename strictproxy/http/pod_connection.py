@@ -28,6 +28,7 @@ from strictproxy.http.transport import (
     IStreamTransport,
     abort,
     close,
+    detect_death,
     end_output,
     is_plain,
     write_now,
@@ -210,6 +211,8 @@ class PodConnection(TwistedProtocol):
     def connectionMade(self) -> None:
         """Get ready."""
         self.transport.setTcpNoDelay(True)
+        if self.pool.dead_after is not None:
+            detect_death(self.transport, self.pool.dead_after)
         self.transport.registerProducer(self, True)
 
     def pauseProducing(self) -> None:

@@ -60,6 +60,8 @@ class PodPool:
     def configure(self, config: PodConnections) -> None:
         """Apply time-outs; those that run already keep what they began with."""
         self._config = config
+        #: see `strictproxy.http.transport.detect_death`
+        self.dead_after = config.dead_after
         self.keepalive_timeouts: Timeouts[PodConnection] = Timeouts(config.keepalive)
         self.first_byte_timeouts: Timeouts[PodConnection] = Timeouts(config.first_byte_timeout)
         self.idle_timeouts: Timeouts[PodConnection] = Timeouts(config.idle_timeout)

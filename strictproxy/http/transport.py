@@ -10,6 +10,8 @@ this turn ends.
 
 from __future__ import annotations
 
+import socket
+
 from twisted.internet.interfaces import IConsumer, IPushProducer, ITCPTransport, ITransport
 from twisted.internet.tcp import Connection
 
@@ -57,6 +59,29 @@ def is_plain(transport: ITransport) -> bool:
     """Whether a transport's socket carries the stream itself, with nothing buffered before it."""
     flush(transport)
     return isinstance(transport, Connection) and _is_clear(transport)
+
+
+def detect_death(transport: ITCPTransport, seconds: float) -> None:
+    """
+    Let the kernel end a connection whose other side does not answer it for `seconds`.
+
+    A machine that loses its power, or its network, says no word: without this,
+    what waits for it would wait for ever. See tcp(7).
+    """
+    # TLS has the socket's transport below it.
+    under = getattr(transport, "transport", transport)
+    if not isinstance(under, Connection) or not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return
+    under.setTcpKeepAlive(True)
+    probe = max(1, round(seconds / 6))
+    for option, value in (
+        (socket.TCP_KEEPIDLE, max(1, round(seconds / 2))),
+        (socket.TCP_KEEPINTVL, probe),
+        (socket.TCP_KEEPCNT, 3),
+        # For when something is on its way, and not acknowledged.
+        (socket.TCP_USER_TIMEOUT, round(seconds * 1000)),
+    ):
+        under.socket.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def close(transport: ITransport) -> None:
