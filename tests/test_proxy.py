@@ -569,6 +569,23 @@ class PodFailureTests(ProxyTestCase):
         await client.has(b"fine")
         self.assertEqual(self.records[-1].tries, 2)
 
+    async def test_early_death_is_no_stale_connection(self) -> None:
+        """A pod that has read the request and dies at once had it: it is not sent again."""
+        self.start(pods=2)
+        client = await self.client(request("/a"))
+        pod = await self.pods[0].connection()
+        await pod.has(b"/a")
+        pod.send(response(b"a"))
+        await client.has(b"\r\n\r\na")
+        self.upstream.drain(self.pods[1].address)
+        client.send(request("/b", method="POST", body=b"body"))
+        await pod.has(b"body")
+        self.upstream.undrain(self.pods[1].address)
+        # What the kernel does for a process that is killed.
+        pod.close()
+        await client.has(b'"reason": "pod_disconnected"')
+        self.assertEqual(self.records[-1].tries, 1)
+
     async def test_late_death_is_no_stale_connection(self) -> None:
         """A pod that dies a while into a job had it: the request is not sent again."""
         self.start()

@@ -31,6 +31,7 @@ from strictproxy.http.transport import (
     detect_death,
     end_output,
     is_plain,
+    was_taken,
     write_now,
 )
 from strictproxy.scheduling import Address
@@ -109,6 +110,8 @@ class PodConnection(TwistedProtocol):
         self._splice: splice.Splice | None = None
         self._request_ended = False
         self._answered = False
+        #: the pod had read all of the request when it ended the connection
+        self._taken = False
 
     # -- the handler's side
 
@@ -235,6 +238,7 @@ class PodConnection(TwistedProtocol):
         elif self._reader is not None and self._reader.end_of_input():
             close(self.transport)
         else:
+            self._taken = was_taken(self.transport)
             abort(self.transport)
 
     def writeConnectionLost(self) -> None:
@@ -252,7 +256,8 @@ class PodConnection(TwistedProtocol):
         if reader is not None and reader.end_of_input():
             handler.pod_end(b"", [])
             return
-        stale = self.used and not self._answered and self.pool.now() - self._began < _STALE_WINDOW
+        in_window = self.pool.now() - self._began < _STALE_WINDOW
+        stale = self.used and not self._answered and not self._taken and in_window
         kind = StaleConnection if stale else PodDisconnected
         handler.pod_failed(kind(f"{self.address} closed the connection"))
 

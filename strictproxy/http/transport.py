@@ -11,6 +11,7 @@ this turn ends.
 from __future__ import annotations
 
 import socket
+import struct
 
 from twisted.internet.interfaces import IConsumer, IPushProducer, ITCPTransport, ITransport
 from twisted.internet.tcp import Connection
@@ -21,6 +22,11 @@ from strictproxy.http.outbox import Outbox, send
 class IStreamTransport(ITCPTransport, IPushProducer, IConsumer):
     """What TCP and TLS transports are: written to, paused, and pausing their producer."""
 
+
+#: Of tcp_info in Linux's include/uapi/linux/tcp.h: the state, and segments not acknowledged.
+_TCP_INFO = getattr(socket, "TCP_INFO", None)
+_UNACKED = struct.Struct("=B23xI")
+_CLOSE_WAIT = 8
 
 #: One for the process, as there is one reactor; turns are what it is about.
 _outbox = Outbox()
@@ -82,6 +88,22 @@ def detect_death(transport: ITCPTransport, seconds: float) -> None:
         (socket.TCP_USER_TIMEOUT, round(seconds * 1000)),
     ):
         under.socket.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def was_taken(transport: ITransport) -> bool:
+    """
+    Whether the other side, which has ended its output, had read all that was sent to it.
+
+    False where that cannot be told. Its FIN acknowledges what its kernel had
+    received by then, and a socket that is closed with something unread sends a
+    reset instead of a FIN (RFC 1122, 4.2.2.13).
+    """
+    flush(transport)
+    if not (isinstance(transport, Connection) and _is_clear(transport) and _TCP_INFO):
+        return False
+    info = transport.socket.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _UNACKED.size)
+    state, unacknowledged = _UNACKED.unpack(info)
+    return bool(state == _CLOSE_WAIT and not unacknowledged)
 
 
 def close(transport: ITransport) -> None:
