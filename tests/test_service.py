@@ -13,6 +13,7 @@ from twisted.internet.task import deferLater
 from twisted.python.usage import UsageError
 from twisted.trial.unittest import TestCase
 from twisted.web.client import Agent, readBody
+from twisted.web.server import Site
 
 from strictproxy.config import parse
 from strictproxy.config.model import ClientConfig
@@ -26,6 +27,8 @@ from strictproxy.service import (
     makeService,
     within_descriptors,
 )
+from strictproxy.snapshot import PodCondition
+from tests.fake_kubernetes import SERVICE, FakeApiServer, make_endpoint, make_slice
 from tests.harness import ScriptedPod, response
 
 reactor: Any = _reactor
@@ -131,6 +134,52 @@ class ServiceTests(TestCase):
         self.assertEqual((await self.get(admin, "/readyz"))[0], 200)
         self.assertEqual(service.upstreams["u"].pods(), [Address("127.0.0.1", 1)])
         await service.stopService()
+
+    async def test_endpoint_slices(self) -> None:
+        """Pods from an API server; one that terminates gets nothing new, finishes what it has."""
+        pods = [ScriptedPod(), ScriptedPod()]
+        api = FakeApiServer()
+        port = reactor.listenTCP(0, Site(api), interface="127.0.0.1")
+        for each in (*(pod.port for pod in pods), port):
+            self.addCleanup(each.stopListening)
+
+        def put(ending: ScriptedPod | None) -> None:
+            for pod in pods:
+                endpoint = make_endpoint("127.0.0.1", terminating=pod is ending)
+                item = make_slice(f"of-{pod.address.port}", [endpoint])
+                item["ports"][0]["port"] = pod.address.port
+                api.put(item)
+
+        put(None)
+        token = Path(self.mktemp())
+        token.write_text("secret\n")
+        service = await self.start(
+            f"kubernetes: {{service: {SERVICE}, namespace: media, port: http, "
+            f'server: "http://127.0.0.1:{port.getHost().port}", token_file: {token}}}'
+        )
+        await self.until(lambda: len(service.upstreams["u"].pods()) == 2)
+        first, *_ = service.addresses()
+        running = Deferred.fromCoroutine(self.get(first, "/1"))
+        await self.until(lambda: any(pod.connections for pod in pods))
+        busy, free = sorted(pods, key=lambda pod: not pod.connections)
+        put(busy)
+
+        def ends() -> list[Address]:
+            shown = service.upstreams["u"].snapshot().pods
+            return [pod.address for pod in shown if pod.condition is PodCondition.TERMINATING]
+
+        await self.until(lambda: ends() == [busy.address])
+        queued = Deferred.fromCoroutine(self.get(first, "/2"))
+        other = await free.connection()
+        await other.has(b"GET /2 ")
+        for wire in (await busy.connection(), other):
+            wire.send(response(b"done"))
+        self.assertEqual((await running, await queued), ((200, "done"), (200, "done")))
+        await service.stopService()
+        for pod in pods:
+            for wire in pod.connections:
+                await wire.end()
+        await deferLater(reactor, 0.05)
 
     async def test_drains(self) -> None:
         """While it stops: not ready, what runs is finished, what does not finish gets 503."""
