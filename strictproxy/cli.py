@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from strictproxy.config import Config, InvalidConfig, load
+from strictproxy.config.changes import changes
 from strictproxy.errors import ConfigError
 
 
@@ -24,15 +25,31 @@ def main() -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
-def check(file: Path) -> None:
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Another file, as the one in force: print what a change from it would mean.",
+)
+def check(file: Path, against: Path | None) -> None:
     """
     Validate a configuration FILE.
 
     Prints every mistake as FILE:LINE:COLUMN: KEY: MESSAGE and exits 1; exits 0
     if there is none.
     """
+    config = _load(file)
+    click.echo(f"{file}: ok: {_summary(config)}")
+    if against is not None:
+        lines = changes(_load(against), config)
+        for line in lines:
+            click.echo(line)
+        click.echo(f"{len(lines)} {'change' if len(lines) == 1 else 'changes'}")
+
+
+def _load(file: Path) -> Config:
+    """Read a configuration, or print its mistakes and exit."""
     try:
-        config = load(file)
+        return load(file)
     except InvalidConfig as error:
         for problem in error.problems:
             click.echo(str(problem), err=True)
@@ -42,7 +59,6 @@ def check(file: Path) -> None:
     except ConfigError as error:
         click.echo(str(error), err=True)
         sys.exit(1)
-    click.echo(f"{file}: ok: {_summary(config)}")
 
 
 def _summary(config: Config) -> str:

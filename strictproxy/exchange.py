@@ -93,7 +93,6 @@ class Exchange:
         "_started",
         "_tunnel",
         "_upload",
-        "_upstream",
         "_waiting",
         "client",
         "client_left",
@@ -104,6 +103,7 @@ class Exchange:
         "peer",
         "pod",
         "tries",
+        "upstream",
     )
 
     def __init__(self, proxy: ExchangeOwner, request: ClientRequest) -> None:
@@ -117,7 +117,7 @@ class Exchange:
         self.client = client_address(request.head, self.peer, channel.site.is_trusted)
         self.identity = request_id(request.head)
         self._forwarding: Forwarding | None = None
-        self._upstream: Upstream | None = None
+        self.upstream: Upstream | None = None
         #: the only pods it may go to, or None for any
         self._allowed: frozenset[Address] | None = None
         self._waiting: Deferred[Lease] | None = None
@@ -155,7 +155,7 @@ class Exchange:
             if route.max_body is not None:
                 request.limit_body(route.max_body)
             self._proxy.begin(self, route)
-            self._upstream = self._proxy.upstreams[route.upstream]
+            self.upstream = self._proxy.upstreams[route.upstream]
             self._allowed = pods
             spool = None
             if route.body is Body.SPOOL and not request.body_ended:
@@ -180,7 +180,7 @@ class Exchange:
     # -- lease
 
     def _acquire(self) -> None:
-        route, upstream = self.route, self._upstream
+        route, upstream = self.route, self.upstream
         assert route is not None
         assert upstream is not None
         self._waiting = None
@@ -209,7 +209,7 @@ class Exchange:
         self.granted = lease.granted
         self.in_flight = lease.in_flight
         self.pod = lease.address
-        upstream = self._upstream
+        upstream = self.upstream
         assert upstream is not None
         connection = upstream.pool.take(lease.address)
         if connection is not None:
@@ -227,14 +227,14 @@ class Exchange:
         if self._finished:
             connection.abort()
             return
-        if self._upstream is not None:
-            self._upstream.reached(connection.address)
+        if self.upstream is not None:
+            self.upstream.reached(connection.address)
         self._forward(connection)
 
     def _not_connected(self, failure: Failure) -> None:
         """Move to another pod: this one has not seen the request."""
         self._connecting = None
-        lease, upstream = self._lease, self._upstream
+        lease, upstream = self._lease, self.upstream
         if self._finished or lease is None or upstream is None:
             return
         self.tries += 1
@@ -350,7 +350,7 @@ class Exchange:
 
     def _judge(self, head: ResponseHead) -> None:
         """Tell the upstream how its pod did."""
-        upstream, route, pod = self._upstream, self.route, self.pod
+        upstream, route, pod = self.upstream, self.route, self.pod
         if upstream is None or route is None or pod is None:
             return
         if head.status in route.failures:
@@ -424,7 +424,7 @@ class Exchange:
     def pod_failed(self, error: PodError) -> None:
         """Try again if the pod certainly did not see the request, else answer with the error."""
         self._connection = None
-        lease, upstream, route, upload = self._lease, self._upstream, self.route, self._upload
+        lease, upstream, route, upload = self._lease, self.upstream, self.route, self._upload
         if upstream is not None and self.pod is not None and not error.retry_elsewhere:
             upstream.failed(self.pod, str(error))
         if upload is None or not upload.repeatable or lease is None or self._tunnel:
@@ -467,8 +467,8 @@ class Exchange:
             return
         self.error = self.error or error
         retry_after = None
-        if error.status == 503 and self._upstream is not None:
-            retry_after = self._upstream.scheduler.retry_after()
+        if error.status == 503 and self.upstream is not None:
+            retry_after = self.upstream.scheduler.retry_after()
         # The slot first: the connection to the pod may still be in use.
         self._release()
         self._request.fail(error, retry_after, self.identity)
@@ -499,8 +499,8 @@ class Exchange:
 
     def _release_lease(self) -> None:
         lease, self._lease = self._lease, None
-        if lease is not None and self._upstream is not None:
-            self._upstream.release(lease)
+        if lease is not None and self.upstream is not None:
+            self.upstream.release(lease)
 
     def _finish(self) -> None:
         if self._finished:
@@ -521,7 +521,7 @@ class Exchange:
             target=head.target,
             host=head.host,
             route=self.route.name if self.route is not None else None,
-            upstream=self._upstream.name if self._upstream is not None else None,
+            upstream=self.upstream.name if self.upstream is not None else None,
             pod=self.pod,
             status=499 if self.client_left else self._request.status,
             reason=self.error.reason if self.error is not None else None,

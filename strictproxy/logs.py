@@ -15,20 +15,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import IO, Any
 
-from twisted.logger import (
-    FilteringLogObserver,
-    ILogFilterPredicate,
-    ILogObserver,
-    LogEvent,
-    Logger,
-    LogLevel,
-    LogLevelFilterPredicate,
-    formatEvent,
-)
+from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, formatEvent
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from strictproxy.config.model import LogConfig, LogFormat
+from strictproxy.config.model import AccessFormat, LogConfig, LogFormat
 from strictproxy.errors import ConfigError
 from strictproxy.scheduling import Address
 
@@ -115,13 +106,29 @@ def format_text(event: LogEvent) -> str:
     return line + failure.getTraceback() if isinstance(failure, Failure) else line
 
 
+def access_combined(record: AccessRecord, event: LogEvent) -> str:
+    """Return a record in the format of Apache's and nginx's logs, with what is ours at its end."""
+    moment = datetime.fromtimestamp(event["log_time"], UTC).strftime("%d/%b/%Y:%H:%M:%S +0000")
+    line = f"{record.method.decode('latin-1')} {record.target.decode('latin-1')} HTTP/1.1"
+    quoted = line.replace("\\", "\\\\").replace('"', '\\"')
+    return (
+        f'{record.client} - - [{moment}] "{quoted}" {record.status} {record.sent} "-" "-" '
+        f"{record.pod or '-'} {record.waited:.3f} {record.pod_time or 0:.3f} {record.reason or '-'}"
+    )
+
+
+def _access_document(record: AccessRecord, event: LogEvent) -> dict[str, Any]:
+    level = event["log_level"].name
+    return {"time": _timestamp(event), "level": level, "event": "access", **access_fields(record)}
+
+
 def format_json(event: LogEvent) -> str:
     """Return an event as one line of JSON."""
     record = event.get("access")
-    document: dict[str, Any] = {"time": _timestamp(event), "level": event["log_level"].name}
     if record is not None:
-        document |= {"event": "access", **access_fields(record)}
+        document = _access_document(record, event)
     else:
+        document = {"time": _timestamp(event), "level": event["log_level"].name}
         document |= {"event": event.get("log_namespace", "-"), "message": formatEvent(event)}
         failure = event.get("log_failure")
         if isinstance(failure, Failure):
@@ -129,34 +136,88 @@ def format_json(event: LogEvent) -> str:
     return json.dumps(document) + "\n"
 
 
-@implementer(ILogObserver)
-class LineObserver:
-    """Writes events as lines."""
-
-    def __init__(self, stream: IO[str], format_event: Callable[[LogEvent], str]) -> None:
-        self._stream = stream
-        self._format = format_event
-
-    def __call__(self, event: LogEvent) -> None:
-        """Write one event."""
-        self._stream.write(self._format(event))
-        self._stream.flush()
+#: Ways to write an access record as one line; "combined" is what Apache and nginx write.
+ACCESS_FORMATS: dict[AccessFormat, Callable[[AccessRecord, LogEvent], str]] = {
+    AccessFormat.LOGFMT: lambda record, event: f"time={_timestamp(event)} {access_text(record)}",
+    AccessFormat.JSON: lambda record, event: json.dumps(_access_document(record, event)),
+    AccessFormat.COMBINED: access_combined,
+}
 
 
-def make_observer(config: LogConfig) -> ILogObserver:
+class AccessLog:
     """
-    Return what writes the log as configured.
+    Decides which exchanges are logged.
+
+    :param share: of those that went well; the others are logged always.
+    :param random: from 0 to 1.
+    """
+
+    def __init__(self, share: float, random: Callable[[], float]) -> None:
+        self._share = share
+        self._random = random
+
+    def __call__(self, record: AccessRecord) -> None:
+        """Log one exchange, perhaps."""
+        if record.status < 400 and record.reason is None and self._random() >= self._share:
+            return
+        log_access(record)
+
+
+@implementer(ILogObserver)
+class LogWriter:
+    """
+    Writes events as lines, as configured.
 
     :raise ConfigError: the log file cannot be opened.
     """
-    stream: IO[str] = sys.stdout
-    if config.file is not None:
-        try:
-            stream = open(config.file, "a", encoding="utf-8")  # noqa: SIM115  # open as long as we run
-        except OSError as error:
-            raise ConfigError(f"log.file: {config.file}: {error.strerror}") from error
-    format_event = format_json if config.format is LogFormat.JSON else format_text
-    level = LogLevel.levelWithName(config.level)
-    predicate: ILogFilterPredicate = LogLevelFilterPredicate(defaultLogLevel=level)
-    observer: ILogObserver = FilteringLogObserver(LineObserver(stream, format_event), [predicate])
-    return observer
+
+    def __init__(self, config: LogConfig, stdout: IO[str] | None = None) -> None:
+        self._stdout = self._stream = stdout or sys.stdout
+        self._config: LogConfig | None = None
+        self.configure(config)
+
+    @property
+    def level(self) -> str:
+        """What is not as important as this is not written."""
+        return str(self._level.name)
+
+    @level.setter
+    def level(self, name: str) -> None:
+        self._level = LogLevel.levelWithName(name)
+
+    def configure(self, config: LogConfig) -> None:
+        """
+        Write as configured from now on. A file is opened anew, for whoever has moved it away.
+
+        :raise ConfigError: it cannot be opened; nothing has changed.
+        """
+        stream = self._stdout
+        if config.file is not None:
+            try:
+                stream = open(config.file, "a", encoding="utf-8")  # noqa: SIM115  # kept open
+            except OSError as error:
+                raise ConfigError(f"log.file: {config.file}: {error.strerror}") from error
+        old, self._stream = self._stream, stream
+        if old is not self._stdout:
+            old.close()
+        if self._config is None or config.level != self._config.level:
+            # Not if somebody has changed it in between, and the configuration has not.
+            self.level = config.level
+        self._config = config
+        self._format = format_json if config.format is LogFormat.JSON else format_text
+        self._access = None
+        if config.access_format is not None:
+            self._access = ACCESS_FORMATS[config.access_format]
+
+    def __call__(self, event: LogEvent) -> None:
+        """Write one event."""
+        level = event.get("log_level")
+        if level is not None and level < self._level:
+            return
+        record = event.get("access")
+        if record is not None and self._access is not None:
+            line = escape(self._access(record, event)) + "\n"
+        else:
+            line = self._format(event)
+        self._stream.write(line)
+        self._stream.flush()

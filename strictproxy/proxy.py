@@ -55,13 +55,26 @@ class ProxyResource(Resource):
         client: ClientConfig | None = None,
     ) -> None:
         super().__init__()
-        self._client = client = client or ClientConfig()
-        self.upstreams = upstreams
-        self.routers = routers
-        self.log_access = log_access
         self.now: Callable[[], float] = clock.seconds
         #: exchanges that have not finished
         self.running: set[Exchange] = set()
+        #: exchanges of routes with a time-out for the whole of them, by route
+        self._timeouts: dict[str, Timeouts[Exchange]] = {}
+        self.configure(upstreams, routes, routers, log_access, client or ClientConfig())
+
+    def configure(
+        self,
+        upstreams: Mapping[str, Upstream],
+        routes: Sequence[RouteConfig],
+        routers: Sequence[tuple[str, IRouter]],
+        log_access: Callable[[AccessRecord], None] | None,
+        client: ClientConfig,
+    ) -> None:
+        """Apply to requests that come from now on; those under way keep their routes."""
+        self._client = client
+        self.upstreams = upstreams
+        self.routers = routers
+        self.log_access = log_access
         self._table = RouteTable(routes)
         # A request that a custom router sends past the routes has none of its own.
         self._bare_routes = {
@@ -71,10 +84,13 @@ class ProxyResource(Resource):
             route.name: Forwarding(route, server_timing=client.server_timing)
             for route in (*routes, *self._bare_routes.values())
         }
-        #: exchanges of routes with a time-out for the whole of them, by route
-        self._timeouts = {
-            route.name: Timeouts[Exchange](route.timeout) for route in routes if route.timeout
-        }
+        seconds = {route.name: route.timeout for route in routes}
+        for name, timeouts in list(self._timeouts.items()):
+            if name not in seconds and not timeouts:
+                del self._timeouts[name]
+        for name, timeout in seconds.items():
+            if timeout is not None or name in self._timeouts:
+                self._timeouts.setdefault(name, Timeouts(timeout)).seconds = timeout
 
     def render(self, request: ClientRequest) -> int:
         """Take a request; the answer comes when it comes."""
@@ -85,6 +101,10 @@ class ProxyResource(Resource):
         """Return what receives a whole body."""
         client = self._client
         return Spool(client.spool_memory, client.spool_directory, request.pause, request.resume)
+
+    def uses(self, upstream: Upstream) -> bool:
+        """Whether an exchange that has not finished is on an upstream."""
+        return any(exchange.upstream is upstream for exchange in self.running)
 
     def begin(self, exchange: Exchange, route: RouteConfig) -> None:
         """Take note of an exchange whose route has been found."""

@@ -1,10 +1,10 @@
 """
-The composition root: puts the parts together, starts and stops them in order.
+The composition root: puts the parts together, starts, changes and stops them in order.
 
 The only place that obtains the reactor. Start: routers, upstreams, then the
-listeners, so that nothing is accepted that could not be routed. Stop: the
-listeners first, then running and waiting requests within `drain_timeout`,
-then whatever is left.
+listeners, so that nothing is accepted that could not be routed. Reload: what
+can fail first, then the change, which cannot. Stop: the listeners first, then
+running and waiting requests within `drain_timeout`, then whatever is left.
 """
 
 from __future__ import annotations
@@ -16,54 +16,32 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
-from ipaddress import ip_address
 from typing import Any, ClassVar
 
 from twisted.application.service import IServiceCollection, Service
-from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
-from twisted.internet.endpoints import (
-    HostnameEndpoint,
-    TCP4ClientEndpoint,
-    TCP6ClientEndpoint,
-    serverFromString,
-    wrapClientTLS,
-)
-from twisted.internet.interfaces import IListeningPort, IStreamClientEndpoint
-from twisted.internet.task import LoopingCall
+from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import ILogObserver, Logger
-from twisted.plugin import getPlugins
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 from twisted.python.usage import Options as TwistedOptions
 from twisted.python.usage import UsageError
 
-import strictproxy.plugins
 from strictproxy.admin.resources import QuietSite, make_admin
-from strictproxy.config import Config, StaticSource, load
-from strictproxy.config.model import (
-    ClientConfig,
-    KubernetesSource,
-    ListenConfig,
-    LogConfig,
-    Source,
-)
-from strictproxy.discovery.dns import DnsDiscovery
-from strictproxy.discovery.kubernetes.access import find_access
-from strictproxy.discovery.kubernetes.api import EndpointSliceApi, agent_for
-from strictproxy.discovery.kubernetes.watcher import KubernetesDiscovery
-from strictproxy.discovery.names import Names, ResolvConfFile
-from strictproxy.discovery.nameservers import NameServers
-from strictproxy.discovery.static import StaticDiscovery
+from strictproxy.config import Config
+from strictproxy.config.changes import changes
+from strictproxy.config.file import ConfigFile
+from strictproxy.config.model import ClientConfig, ListenConfig, LogConfig
 from strictproxy.errors import ConfigError, ShuttingDown
-from strictproxy.http.pool import EndpointFor
 from strictproxy.http.site import StrictSite
-from strictproxy.http.tls import PodTlsOptions, ServerCertificates
-from strictproxy.interfaces import IDiscovery, IRouter, IRouterPlugin
-from strictproxy.logs import log_access, make_observer
+from strictproxy.http.tls import ServerCertificates
+from strictproxy.listeners import Listeners
+from strictproxy.logs import AccessLog, LogWriter
+from strictproxy.parts import Parts, make_routers
 from strictproxy.proxy import ProxyResource
 from strictproxy.scheduling import Address
 from strictproxy.upstream import Upstream
@@ -71,8 +49,8 @@ from strictproxy.upstream import Upstream
 _log = Logger()
 
 _POOL_SWEEP = 0.5
-#: How often certificate files are looked at, seconds.
-_CERTIFICATES_EVERY = 5.0
+#: How often the configuration and certificate files are looked at, seconds.
+_LOOK_EVERY = 5.0
 
 
 class Options(TwistedOptions):
@@ -86,8 +64,9 @@ class Options(TwistedOptions):
 
     def postOptions(self) -> None:
         """Read the configuration, so that mistakes show before anything starts."""
+        self.file = ConfigFile(self["config"])
         try:
-            self.configuration = load(self["config"])
+            self.configuration = self.file.read()
         except ConfigError as error:
             raise UsageError(f"invalid configuration\n{error}") from None
 
@@ -98,8 +77,10 @@ def makeService(options: Options) -> ProxyService:
 
     spare_the_collector()
     try:
-        service = ProxyService(options.configuration, reactor)
-        service.observer = make_observer(log_config(options))
+        service = ProxyService(options.configuration, reactor, options.file)
+        # Where twistd wants the log is for as long as it runs.
+        service.log_config = lambda config: log_config(config, options.parent or {})
+        service.observer = LogWriter(service.log_config(options.configuration.log))
     except ConfigError as error:
         raise SystemExit(f"strictproxy: {error}") from None
     return service
@@ -151,15 +132,15 @@ def within_descriptors(client: ClientConfig, limit: int) -> ClientConfig:
     return replace(client, connections=allowed)
 
 
-def log_config(options: Options) -> LogConfig:
+def log_config(config: LogConfig, outer: Any) -> LogConfig:
     """
     Return the log's configuration, with its file where twistd's own would be.
 
     What the configuration says goes first, then `--logfile`; a twistd that
     turns into a daemon has no standard output and writes twistd.log.
+
+    :param outer: twistd's own options.
     """
-    config = options.configuration.log
-    outer: Any = options.parent or {}
     if config.file is None and "nodaemon" in outer:
         given = outer.get("logfile")
         file = given or (None if outer["nodaemon"] else "twistd.log")
@@ -171,40 +152,49 @@ class ProxyService(Service):
     """
     The whole proxy.
 
+    :param file: where the configuration is from; None if it cannot change.
     :raise ConfigError: a router cannot be found or refuses its settings.
     """
 
-    def __init__(self, config: Config, reactor: Any) -> None:
+    def __init__(self, config: Config, reactor: Any, file: ConfigFile | None = None) -> None:
         self.setName("strictproxy")
         #: writes the log of the application that this service joins
-        self.observer: ILogObserver | None = None
+        self.observer: LogWriter | None = None
+        #: completes the log's configuration with what twistd was told
+        self.log_config: Callable[[LogConfig], LogConfig] = lambda config: config
         self.config = config
+        self.file = file
         self._reactor = reactor
-        self._name_servers = NameServers(reactor)
-        self._resolv_conf = ResolvConfFile()
-        self._ports: list[IListeningPort] = []
+        self._parts = Parts(reactor)
+        self._listeners = Listeners(reactor)
         self._closing = False
         self.upstreams: dict[str, Upstream] = {
-            name: self._make_upstream(name) for name in config.upstreams
+            name: self._parts.upstream(each, _routes_to(config, name))
+            for name, each in config.upstreams.items()
         }
+        #: those that a configuration has dropped, as long as they have something to do
+        self._retired: list[Upstream] = []
         self.proxy = ProxyResource(
             self.upstreams,
             config.routes,
-            make_routers(config, self.upstreams),
+            make_routers(config, self._pods_of),
             self._reactor,
-            log_access if config.log.access else None,
+            _access_log(config.log),
             config.client,
         )
         client = within_descriptors(config.client, descriptors())
         self.site = StrictSite(self.proxy, client, self._reactor)
-        admin = make_admin(self.upstreams, lambda: self._closing)
-        self.admin = QuietSite(admin, reactor=self._reactor)
         self.site.noisy = False
+        admin = make_admin(lambda: self.upstreams, lambda: self._closing)
+        self.admin = QuietSite(admin, reactor=self._reactor)
         #: certificates of the listeners that have some, read again when their files change
-        self._certificates: list[ServerCertificates] = []
-        self._factories = [self._factory(listener) for listener in config.listen]
-        self._refresher = LoopingCall(self._refresh)
-        self._refresher.clock = self._reactor
+        self._certificates: dict[ListenConfig, ServerCertificates] = _certificates(config, {})
+        #: the last reload failed, so what runs is not what the file says
+        self.reload_error: str | None = None
+        self.reloads = {"success": 0, "failure": 0}
+        self._reloading = DeferredLock()
+        self._looker = LoopingCall(self._look)
+        self._looker.clock = self._reactor
         self._sweeper = LoopingCall(self._sweep)
         self._sweeper.clock = self._reactor
 
@@ -219,40 +209,49 @@ class ProxyService(Service):
     def startService(self) -> None:
         """Start everything; if a listener cannot be opened the reactor is stopped."""
         super().startService()
-        self._reactor.callWhenRunning(self._take_sigterm)
+        self._reactor.callWhenRunning(self._take_signals)
         self.started = Deferred.fromCoroutine(self._start())
         self.started.addErrback(self._cannot_start)
 
-    def _take_sigterm(self) -> None:
+    def _take_signals(self) -> None:
         """
-        Stop on SIGTERM with exit code 0, and on a second one at once.
+        Stop on SIGTERM with exit code 0, and on a second one at once; reload on SIGHUP.
 
         Twisted's own handler ends the process by the signal in the end, which
         Kubernetes would show as a failure.
         """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._terminate)
+            signal.signal(signal.SIGHUP, self._hang_up)
 
     def _terminate(self, number: int, _frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         self._reactor.callFromThread(self._reactor.stop)
 
+    def _hang_up(self, _number: int, _frame: object) -> None:
+        self._reactor.callFromThread(self.reload)
+
     async def _start(self) -> None:
         self.site.start()
         self._sweeper.start(_POOL_SWEEP, now=False).addErrback(_log_failure)
-        if self._certificates:
-            self._refresher.start(_CERTIFICATES_EVERY, now=False).addErrback(_log_failure)
+        self._looker.start(_LOOK_EVERY, now=False).addErrback(_log_failure)
         for upstream in self.upstreams.values():
             upstream.start()
-        for listener, factory in zip(self.config.listen, self._factories, strict=True):
-            await self._listen(listener.endpoint, factory, "listening")
-        if self.config.admin is not None:
-            await self._listen(self.config.admin, self.admin, "admin")
+        await self._listen(self.config, self._certificates)
 
-    async def _listen(self, description: str, factory: Any, what: str) -> None:
-        port = await serverFromString(self._reactor, description).listen(factory)
-        self._ports.append(port)
-        _log.info("{what} on {address}", what=what, address=_readable(port.getHost()))
+    async def _listen(
+        self, config: Config, certificates: dict[ListenConfig, ServerCertificates]
+    ) -> None:
+        wanted: list[tuple[str, Any]] = []
+        for listener in config.listen:
+            factory: Any = self.site
+            if listener.tls is not None:
+                creator = certificates[listener]
+                factory = TLSMemoryBIOFactory(creator, False, self.site, clock=self._reactor)
+            wanted.append((listener.endpoint, factory))
+        if config.admin is not None:
+            wanted.append((config.admin, self.admin))
+        await self._listeners.change(wanted, shared=config.reuse_port)
 
     def _cannot_start(self, failure: Failure) -> None:
         # A proxy that cannot listen must not run deaf.
@@ -263,8 +262,126 @@ class ProxyService(Service):
 
     def addresses(self) -> list[tuple[str, int]]:
         """Return where the listeners are, the admin's last; for tests and the demo."""
-        hosts: list[Any] = [port.getHost() for port in self._ports]
-        return [(host.host, host.port) for host in hosts]
+        admin = [] if self.config.admin is None else [self.config.admin]
+        return self._listeners.hosts([each.endpoint for each in self.config.listen] + admin)
+
+    # -- reload
+
+    def reload(self) -> Deferred[list[str]]:
+        """
+        Read the file again and apply it; a broken one changes nothing.
+
+        :return: what has changed, a line for each key. Fails with `ConfigError`
+            if nothing has, because the file is no good; that has been logged.
+        """
+        return self._reloading.run(self._reload, lambda file: file.read())
+
+    def _look(self) -> Deferred[list[str]]:
+        """Look for changed files."""
+        for certificates in self._certificates.values():
+            try:
+                certificates.refresh()
+            except Exception as error:
+                _log.error("certificates stay as they were: {error}", error=error)
+        looked: Deferred[list[str]] = self._reloading.run(
+            self._reload, lambda file: file.read_if_changed()
+        )
+        return looked.addErrback(lambda failure: failure.trap(ConfigError) and [])
+
+    def _reload(self, read: Callable[[ConfigFile], Config | None]) -> Deferred[list[str]]:
+        return Deferred.fromCoroutine(self._reload_from(read))
+
+    async def _reload_from(self, read: Callable[[ConfigFile], Config | None]) -> list[str]:
+        if self.file is None or self._closing:
+            return []
+        try:
+            config = read(self.file)
+            if config is None:
+                return []
+            changed = await self.apply(config)
+        except ConfigError as error:
+            self.reloads["failure"] += 1
+            self.reload_error = str(error)
+            _log.error("the configuration stays as it was: {error}", error=error)
+            raise
+        self.reloads["success"] += 1
+        self.reload_error = None
+        for line in changed:
+            _log.info("configuration: {line}", line=line)
+        _log.info("configuration read again: {count} changes", count=len(changed))
+        return changed
+
+    async def apply(self, config: Config) -> list[str]:
+        """
+        Change to another configuration; what runs or waits goes on.
+
+        :return: what has changed, a line for each key.
+        :raise ConfigError: something cannot be had; nothing has changed.
+        """
+        old = self.config
+        # What can fail, first: nothing that is used now is touched.
+        routers = make_routers(config, self._pods_of)
+        kept = self._find_kept(config)
+        ways = {
+            name: self._parts.way_to_pods(config.upstreams[name].tls)
+            for name, upstream in kept.items()
+            if config.upstreams[name].tls != upstream.config.tls
+        }
+        new = {
+            name: self._parts.upstream(each, _routes_to(config, name))
+            for name, each in config.upstreams.items()
+            if name not in kept
+        }
+        certificates = _certificates(config, self._certificates)
+        if self.observer is not None:
+            self.observer.configure(self.log_config(config.log))
+        try:
+            await self._listen(config, certificates)
+        except ConfigError:
+            if self.observer is not None:
+                self.observer.configure(self.log_config(old.log))
+            raise
+        # From here on nothing can fail, and all is in one turn of the reactor.
+        for name, upstream in kept.items():
+            wanted = config.upstreams[name]
+            source = None
+            if wanted.source != upstream.config.source:
+                source = self._parts.discovery(wanted.source)
+            upstream.configure(wanted, _routes_to(config, name), ways.get(name), source)
+        for upstream in new.values():
+            upstream.start()
+        both = kept | new
+        gone = [each for each in self.upstreams.values() if each not in both.values()]
+        self._retired = [each for each in self._retired if each not in both.values()] + gone
+        self.upstreams = {name: both[name] for name in config.upstreams}
+        self.proxy.configure(
+            self.upstreams, config.routes, routers, _access_log(config.log), config.client
+        )
+        self.site.configure(within_descriptors(config.client, descriptors()))
+        self._certificates = certificates
+        self.config = config
+        return changes(old, config)
+
+    def _find_kept(self, config: Config) -> dict[str, Upstream]:
+        """
+        Return what goes on under each name.
+
+        One that has only been renamed keeps its counts, or its pods would get
+        twice what they may have; so does one that was dropped and comes back.
+        """
+        kept = {name: self.upstreams[name] for name in config.upstreams if name in self.upstreams}
+        left = [each for name, each in self.upstreams.items() if name not in kept]
+        for name, wanted in config.upstreams.items():
+            if name in kept:
+                continue
+            for each in (*left, *self._retired):
+                if each.config.source == wanted.source and each not in kept.values():
+                    kept[name] = each
+                    break
+        return kept
+
+    def _pods_of(self, upstream: str) -> Collection[Address]:
+        return self.upstreams[upstream].pods()
 
     # -- stop
 
@@ -274,18 +391,24 @@ class ProxyService(Service):
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
+        # Not ready any more: who asks /readyz can know.
         self._closing = True
+        if self.config.shutdown_delay:
+            _log.info("stopping in {seconds:g} s", seconds=self.config.shutdown_delay)
+            await deferLater(self._reactor, self.config.shutdown_delay)
         self.site.closing = True
-        ports, self._ports = self._ports, []
-        await DeferredList([maybeDeferred(port.stopListening) for port in ports])
+        admin = [] if self.config.admin is None else [(self.config.admin, self.admin)]
+        # Whoever looks, and whoever drains, still can.
+        await self._listeners.change(admin, shared=self.config.reuse_port)
         self.site.close_idle()
         await self._drained()
         for exchange in list(self.proxy.running):
             exchange.abandon(ShuttingDown("the proxy is shutting down"))
-        for upstream in self.upstreams.values():
+        await self._listeners.close()
+        for upstream in (*self.upstreams.values(), *self._retired):
             upstream.stop()
         self.site.stop()
-        for loop in (self._sweeper, self._refresher):
+        for loop in (self._sweeper, self._looker):
             if loop.running:
                 loop.stop()
 
@@ -295,108 +418,42 @@ class ProxyService(Service):
         if self.proxy.running:
             _log.info("draining {count} requests", count=len(self.proxy.running))
         while self.proxy.running and self._reactor.seconds() < deadline:
-            pause: Deferred[None] = Deferred()
-            self._reactor.callLater(0.05, pause.callback, None)
-            await pause
+            await deferLater(self._reactor, 0.05)
 
-    # -- parts
-
-    def _factory(self, listener: ListenConfig) -> Any:
-        """Return what serves a listener: the site, behind TLS if the listener has that."""
-        if listener.tls is None:
-            return self.site
-        certificates = ServerCertificates(listener.tls)
-        self._certificates.append(certificates)
-        return TLSMemoryBIOFactory(certificates, False, self.site, clock=self._reactor)
-
-    def _refresh(self) -> None:
-        for certificates in self._certificates:
-            try:
-                certificates.refresh()
-            except Exception as error:
-                _log.error("certificates stay as they were: {error}", error=error)
-
-    def _make_upstream(self, name: str) -> Upstream:
-        config = self.config.upstreams[name]
-        routes = [route for route in self.config.routes if route.upstream == name]
-        discovery = self._make_discovery(config.source)
-        endpoint_for: EndpointFor = self._endpoint_for
-        if config.tls is not None:
-            endpoint_for = _secured(endpoint_for, PodTlsOptions(config.tls))
-        return Upstream(config, routes, discovery, endpoint_for, self._reactor)
-
-    def _make_discovery(self, source: Source) -> IDiscovery:
-        discovery: IDiscovery
-        if isinstance(source, StaticSource):
-            discovery = StaticDiscovery(source)
-        elif isinstance(source, KubernetesSource):
-            api = EndpointSliceApi(
-                source.service,
-                lambda: find_access(source, os.environ),
-                lambda access: agent_for(access, self._reactor),
-                self._reactor,
-            )
-            discovery = KubernetesDiscovery(source, api, self._reactor, random.random)
-        else:
-            names = Names(source, self._name_servers, self._resolv_conf)
-            discovery = DnsDiscovery(source, names, self._reactor, random.random)
-        return discovery
-
-    def _endpoint_for(self, address: Address, timeout: float) -> IStreamClientEndpoint:
-        host, port = address
-        try:
-            version = ip_address(host).version
-        except ValueError:
-            return HostnameEndpoint(self._reactor, host, port, timeout)
-        kind = TCP4ClientEndpoint if version == 4 else TCP6ClientEndpoint
-        endpoint: IStreamClientEndpoint = kind(self._reactor, host, port, timeout)
-        return endpoint
+    # -- now and then
 
     def _sweep(self) -> None:
         self.proxy.sweep()
-        for upstream in self.upstreams.values():
+        for upstream in (*self.upstreams.values(), *self._retired):
             upstream.pool.sweep()
+        # A reload may be about to bring one back.
+        for upstream in [] if self._reloading.locked else list(self._retired):
+            if not self.proxy.uses(upstream):
+                self._retired.remove(upstream)
+                upstream.stop()
 
 
-def make_routers(config: Config, upstreams: Mapping[str, Upstream]) -> list[tuple[str, IRouter]]:
+def _routes_to(config: Config, upstream: str) -> list[Any]:
+    return [route for route in config.routes if route.upstream == upstream]
+
+
+def _access_log(config: LogConfig) -> AccessLog | None:
+    return AccessLog(config.access_sample, random.random) if config.access else None
+
+
+def _certificates(
+    config: Config, known: dict[ListenConfig, ServerCertificates]
+) -> dict[ListenConfig, ServerCertificates]:
     """
-    Make the custom routers that a configuration names.
+    Return what TLS listeners present.
 
-    :raise ConfigError: one is not installed, or refuses its settings.
+    :raise ConfigError: a file is missing or no good.
     """
-    if not config.routers:
-        return []
-    found = {plugin.name: plugin for plugin in getPlugins(IRouterPlugin, strictproxy.plugins)}
-
-    def pods(upstream: str) -> Collection[Address]:
-        return upstreams[upstream].pods()
-
-    routers: list[tuple[str, IRouter]] = []
-    for wanted in config.routers:
-        plugin = found.get(wanted.name)
-        if plugin is None:
-            there = ", ".join(sorted(found)) or "none"
-            raise ConfigError(f"router {wanted.name!r} is not installed; installed: {there}")
-        try:
-            routers.append((wanted.name, plugin.router(wanted.settings, pods)))
-        except ValueError as error:
-            raise ConfigError(f"router {wanted.name!r}: {error}") from error
-    return routers
-
-
-def _secured(endpoint_for: EndpointFor, options: PodTlsOptions) -> EndpointFor:
-    """Return endpoints that speak TLS."""
-
-    def secured(address: Address, timeout: float) -> IStreamClientEndpoint:
-        plain = endpoint_for(address, timeout)
-        endpoint: IStreamClientEndpoint = wrapClientTLS(options.for_host(address.host), plain)
-        return endpoint
-
-    return secured
-
-
-def _readable(host: Any) -> str:
-    return str(Address(host.host, host.port)) if hasattr(host, "port") else str(host)
+    return {
+        listener: known.get(listener) or ServerCertificates(listener.tls)
+        for listener in config.listen
+        if listener.tls is not None
+    }
 
 
 def _log_failure(failure: Failure) -> None:

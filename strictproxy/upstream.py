@@ -78,9 +78,8 @@ class Upstream:
             no_pods_timeout=config.queue.no_pods_timeout,
             now=now,
         )
-        for route in routes:
-            if route.limit is not None:
-                self.scheduler.set_route_limit(route.name, route.limit, now)
+        self._limited_routes: set[str] = set()
+        self._limit_routes(routes)
         #: discovery has published a set at least once
         self.trusted = False
         #: the pods of the set in force
@@ -92,16 +91,7 @@ class Upstream:
         self._said: dict[Address, int] = {}
         #: since when pods are gone that still run requests
         self._gone: dict[Address, float] = {}
-        self._checker: Checker | None = None
-        if config.check is not None:
-            self._checker = Checker(
-                config.check,
-                endpoint_for,
-                clock,
-                random.random,
-                self._check_passed,
-                self._check_failed,
-            )
+        self._checker = self._make_checker(endpoint_for)
         self._timer: IDelayedCall | None = None
         self._pod_timer: IDelayedCall | None = None
 
@@ -119,6 +109,68 @@ class Upstream:
             if timer is not None:
                 timer.cancel()
         self._timer = self._pod_timer = None
+
+    def configure(
+        self,
+        config: UpstreamConfig,
+        routes: Iterable[RouteConfig],
+        endpoint_for: EndpointFor | None,
+        discovery: IDiscovery | None,
+    ) -> None:
+        """
+        Apply another configuration. Whatever runs or waits goes on, and counts stay.
+
+        :param endpoint_for: None if `config.tls` is what it was.
+        :param discovery: None if `config.source` is what it was; else the pods
+            that are known stay until this one publishes.
+        """
+        old, self.config, self.name = self.config, config, config.name
+        self.health.policy = config.health
+        self._limits = dict(config.pod_limits)
+        if config.limit_header != old.limit_header:
+            self.limit_header = (
+                config.limit_header.lower().encode() if config.limit_header else None
+            )
+            self._said = {}
+        self.scheduler.queue_size = config.queue.size
+        self.scheduler.queue_timeout = config.queue.timeout
+        self.scheduler.no_pods_timeout = config.queue.no_pods_timeout
+        if endpoint_for is not None or config.check != old.check:
+            if self._checker is not None:
+                self._checker.stop()
+            self._checker = self._make_checker(endpoint_for or self.pool.endpoint_for)
+            if self._checker is None:
+                self.health.unchecked(self._clock.seconds())
+            else:
+                self._checker.set_pods(self._known)
+        self.pool.configure(config.connections, endpoint_for or self.pool.endpoint_for)
+        self._limit_routes(routes)
+        if discovery is not None:
+            self.discovery.stop()
+            self.discovery = discovery
+            discovery.start(self._publish)
+        self._pods_due()
+
+    def _limit_routes(self, routes: Iterable[RouteConfig]) -> None:
+        limits = {route.name: route.limit for route in routes if route.limit is not None}
+        now = self._clock.seconds()
+        for name in self._limited_routes - limits.keys():
+            self.scheduler.set_route_limit(name, None, now)
+        for name, limit in limits.items():
+            self.scheduler.set_route_limit(name, limit, now)
+        self._limited_routes = set(limits)
+
+    def _make_checker(self, endpoint_for: EndpointFor) -> Checker | None:
+        if self.config.check is None:
+            return None
+        return Checker(
+            self.config.check,
+            endpoint_for,
+            self._clock,
+            random.random,
+            self._check_passed,
+            self._check_failed,
+        )
 
     # -- leases
 
@@ -306,10 +358,15 @@ class Upstream:
         if change is not None:
             times.append(change)
         if times:
-            self._pod_timer = self._clock.callLater(max(0.0, min(times) - now), self._pods_due)
+            self._pod_timer = self._clock.callLater(
+                max(0.0, min(times) - now), self._pod_timer_fired
+            )
+
+    def _pod_timer_fired(self) -> None:
+        self._pod_timer = None
+        self._pods_due()
 
     def _pods_due(self) -> None:
-        self._pod_timer = None
         now = self._clock.seconds()
         self.health.advance(now)
         timeout = self.config.drain_timeout

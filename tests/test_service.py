@@ -50,7 +50,7 @@ class ServiceTests(TestCase):
         )
         service = ProxyService(config, reactor)
         # Signals belong to trial.
-        self.patch(service, "_take_sigterm", lambda: None)
+        self.patch(service, "_take_signals", lambda: None)
         service.startService()
         self.addCleanup(lambda: service.stopService() if service.running else None)
         await service.started
@@ -204,13 +204,13 @@ class ServiceTests(TestCase):
     def test_endpoints(self) -> None:
         """Addresses are connected to directly, names through the resolver."""
         config = parse("listen: tcp:0\nupstreams: {u: {static: a:1}}\nroutes: []\n", "f")
-        service = ProxyService(config, reactor)
+        way = ProxyService(config, reactor)._parts.way_to_pods(None)
         for host, kind in (
             ("10.0.0.1", TCP4ClientEndpoint),
             ("::1", TCP6ClientEndpoint),
             ("pod.local", HostnameEndpoint),
         ):
-            self.assertIsInstance(service._endpoint_for(Address(host, 80), 1.0), kind)
+            self.assertIsInstance(way(Address(host, 80), 1.0), kind)
 
     def test_options(self) -> None:
         """The command line names the file; its mistakes are told before anything starts."""
@@ -243,10 +243,14 @@ class ServiceTests(TestCase):
             options = Options()
             options.parseOptions(["--config", str(path)])
             options.parent = outer
-            self.assertEqual(log_config(options).file, expected)
+            self.assertEqual(
+                log_config(options.configuration.log, options.parent or {}).file, expected
+            )
         path.write_text(f"{GOOD}log: {{file: own.log}}\n")
         options.parseOptions(["--config", str(path)])
-        self.assertEqual(log_config(options).file, "own.log")
+        self.assertEqual(
+            log_config(options.configuration.log, options.parent or {}).file, "own.log"
+        )
 
     def test_descriptors(self) -> None:
         """There are never so many clients that no descriptor is left for pods and probes."""

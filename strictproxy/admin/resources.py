@@ -38,13 +38,13 @@ class _State(Resource):
 
     isLeaf = True
 
-    def __init__(self, upstreams: Mapping[str, Upstream]) -> None:
+    def __init__(self, upstreams: Callable[[], Mapping[str, Upstream]]) -> None:
         super().__init__()
         self._upstreams = upstreams
 
     def render_GET(self, request: Request) -> bytes:
         request.setHeader(b"content-type", b"application/json")
-        document = {name: upstream_state(each) for name, each in self._upstreams.items()}
+        document = {name: upstream_state(each) for name, each in self._upstreams().items()}
         return json.dumps({"upstreams": document}, indent=2).encode() + b"\n"
 
 
@@ -100,7 +100,9 @@ class QuietSite(Site):
         """Log nothing."""
 
 
-def make_admin(upstreams: Mapping[str, Upstream], is_closing: Callable[[], bool]) -> Resource:
+def make_admin(
+    upstreams: Callable[[], Mapping[str, Upstream]], is_closing: Callable[[], bool]
+) -> Resource:
     """
     Return the root of the admin site.
 
@@ -111,7 +113,7 @@ def make_admin(upstreams: Mapping[str, Upstream], is_closing: Callable[[], bool]
     def ready() -> str | None:
         if is_closing():
             return "shutting down"
-        waiting = [name for name, each in upstreams.items() if not each.trusted]
+        waiting = [name for name, each in upstreams().items() if not each.trusted]
         return f"no trusted address set yet for: {', '.join(waiting)}" if waiting else None
 
     root = Resource()

@@ -310,6 +310,15 @@ class LogFormat(Enum):
     JSON = "json"
 
 
+class AccessFormat(Enum):
+    """How the line of a request is written."""
+
+    JSON = "json"
+    LOGFMT = "logfmt"
+    #: as Apache and nginx do, with the pod, both times and the reason at the end
+    COMBINED = "combined"
+
+
 @dataclass(frozen=True)
 class LogConfig:
     """Where log lines go and what they look like."""
@@ -318,6 +327,10 @@ class LogConfig:
     level: str = "info"
     #: one line per request
     access: bool = True
+    #: None is as `format`
+    access_format: AccessFormat | None = None
+    #: part of the requests that went well which are logged; the others are always
+    access_sample: float = 1.0
     #: path, or None for standard output
     file: str | None = None
 
@@ -335,3 +348,7 @@ class Config:
     log: LogConfig = LogConfig()
     #: running and waiting requests may take so long after SIGTERM
     drain_timeout: float = 30.0
+    #: after SIGTERM, endpoints have so long to notice before listeners close; 0 is at once
+    shutdown_delay: float = 0.0
+    #: other processes may listen on the same ports
+    reuse_port: bool = False

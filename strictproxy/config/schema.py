@@ -15,6 +15,7 @@ import yaml
 
 from strictproxy.config import kinds, reader
 from strictproxy.config.model import (
+    AccessFormat,
     Body,
     CertificateFiles,
     CheckConfig,
@@ -61,12 +62,22 @@ def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Config:
     :raise ConfigError: the file cannot be read.
     """
     try:
-        content = Path(path).read_bytes().decode("utf-8")
+        content = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse(decode(content, str(path)), str(path), environ)
+
+
+def decode(content: bytes, file: str) -> str:
+    """
+    Return a file's text.
+
+    :raise ConfigError: it is none.
+    """
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text, at byte {error.start}") from error
-    return parse(content, str(path), environ)
+        raise ConfigError(f"{file}: is not UTF-8 text, at byte {error.start}") from error
 
 
 def parse(content: str, file: str, environ: Mapping[str, str] | None = None) -> Config:
@@ -102,6 +113,8 @@ def _config(top: Section) -> Config:
         client=top.take("client", reader.section(_client), ClientConfig()),
         log=top.take("log", reader.section(_log), LogConfig()),
         drain_timeout=top.take("drain_timeout", reader.duration, Config.drain_timeout),
+        shutdown_delay=top.take("shutdown_delay", reader.or_off(reader.duration), None) or 0.0,
+        reuse_port=top.take("reuse_port", reader.boolean, Config.reuse_port),
     )
     if not top.failed:
         check_routes(top.document, routes, config.upstreams)
@@ -405,6 +418,10 @@ def _log(part: Section) -> LogConfig:
         format=part.take("format", reader.choice(LogFormat), default.format),
         level=part.take("level", kinds.log_level, default.level),
         access=part.take("access", reader.boolean, default.access),
+        access_format=part.take(
+            "access_format", reader.choice(AccessFormat), default.access_format
+        ),
+        access_sample=part.take("access_sample", kinds.share, default.access_sample),
         file=part.take("file", reader.text, default.file),
     )
 

@@ -51,20 +51,26 @@ class PodPool:
     def __init__(
         self, endpoint_for: EndpointFor, config: PodConnections, clock: IReactorTime
     ) -> None:
-        self._endpoint_for = endpoint_for
+        self.endpoint_for = endpoint_for
         self._idle: dict[Address, list[PodConnection]] = {}
         self._open: set[PodConnection] = set()
         self.now: Callable[[], float] = clock.seconds
-        self.configure(config)
+        self.keepalive_timeouts: Timeouts[PodConnection] = Timeouts(None)
+        self.first_byte_timeouts: Timeouts[PodConnection] = Timeouts(None)
+        self.idle_timeouts: Timeouts[PodConnection] = Timeouts(None)
+        self.configure(config, endpoint_for)
 
-    def configure(self, config: PodConnections) -> None:
-        """Apply time-outs; those that run already keep what they began with."""
+    def configure(self, config: PodConnections, endpoint_for: EndpointFor) -> None:
+        """Apply settings, to what is under way too; idle connections made otherwise are closed."""
         self._config = config
+        if endpoint_for != self.endpoint_for:
+            self.endpoint_for = endpoint_for
+            self.retain(())
         #: see `strictproxy.http.transport.detect_death`
         self.dead_after = config.dead_after
-        self.keepalive_timeouts: Timeouts[PodConnection] = Timeouts(config.keepalive)
-        self.first_byte_timeouts: Timeouts[PodConnection] = Timeouts(config.first_byte_timeout)
-        self.idle_timeouts: Timeouts[PodConnection] = Timeouts(config.idle_timeout)
+        self.keepalive_timeouts.seconds = config.keepalive
+        self.first_byte_timeouts.seconds = config.first_byte_timeout
+        self.idle_timeouts.seconds = config.idle_timeout
 
     def take(self, address: Address) -> PodConnection | None:
         """Return an idle connection to a pod that is still open, or None."""
@@ -87,7 +93,7 @@ class PodPool:
         Cancelling the Deferred gives up the attempt. It fails with whatever
         the endpoint fails with.
         """
-        endpoint = self._endpoint_for(address, self._config.connect_timeout)
+        endpoint = self.endpoint_for(address, self._config.connect_timeout)
         opened = endpoint.connect(_PodFactory(self, address))
         return cast("Deferred[PodConnection]", opened).addCallback(self._opened)
 

@@ -48,22 +48,25 @@ class StrictSite(Site):
         self.channels: set[ServerChannel] = set()
         #: every answer from now on ends its connection
         self.closing = False
+        self.header_timeouts: Timeouts[ServerChannel] = Timeouts(None)
+        self.body_timeouts: Timeouts[ServerChannel] = Timeouts(None)
+        self.keepalive_timeouts: Timeouts[ServerChannel] = Timeouts(None)
+        self.linger_timeouts: Timeouts[ServerChannel] = Timeouts(_LINGER)
         self.configure(config)
         self.hangups = Hangups(clock)
         self._sweeper = LoopingCall(self._sweep)
         self._sweeper.clock = clock
 
     def configure(self, config: ClientConfig) -> None:
-        """Apply limits and time-outs; those that run already keep what they began with."""
+        """Apply limits and time-outs, to what is under way too."""
         self.limits = HeadLimits(config.max_header_bytes, config.max_headers, config.max_target)
         self.max_body = config.max_body
         self.is_trusted = trusts(config.trusted_proxies)
         self.read_ahead = config.read_ahead
         self.max_channels = config.connections
-        self.header_timeouts: Timeouts[ServerChannel] = Timeouts(config.header_timeout)
-        self.body_timeouts: Timeouts[ServerChannel] = Timeouts(config.body_timeout)
-        self.keepalive_timeouts: Timeouts[ServerChannel] = Timeouts(config.keepalive)
-        self.linger_timeouts: Timeouts[ServerChannel] = Timeouts(_LINGER)
+        self.header_timeouts.seconds = config.header_timeout
+        self.body_timeouts.seconds = config.body_timeout
+        self.keepalive_timeouts.seconds = config.keepalive
 
     def start(self) -> None:
         """Begin to watch time-outs."""

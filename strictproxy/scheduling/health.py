@@ -149,6 +149,13 @@ class Health:
             return False
         return self._recover(address, record)
 
+    def unchecked(self, now: float) -> None:
+        """Note that nobody checks any more: pods that checks took for down are tried now."""
+        for record in self._records.values():
+            if record.checked_down:
+                record.checked_down = False
+                record.until = now
+
     def advance(self, now: float) -> bool:
         """Put on trial those whose time aside is over."""
         changed = False
