@@ -138,6 +138,14 @@ class ShuttingDown(ProxyError):
     title = "The proxy is shutting down"
 
 
+class Cancelled(ProxyError):
+    """An operator ended the request."""
+
+    status = 503
+    reason = "cancelled"
+    title = "An operator has cancelled the request"
+
+
 # -- the pod
 
 

@@ -36,6 +36,7 @@ from strictproxy.http.request import ClientRequest
 from strictproxy.http.spool import Spool
 from strictproxy.interfaces import RequestInfo
 from strictproxy.logs import AccessRecord
+from strictproxy.metrics import Counters
 from strictproxy.scheduling import Address, Lease
 from strictproxy.upload import Upload
 from strictproxy.upstream import Upstream
@@ -52,6 +53,10 @@ class ExchangeOwner(Protocol):
     upstreams: Mapping[str, Upstream]
     now: Callable[[], float]
     log_access: Callable[[AccessRecord], None] | None
+    counters: Counters
+
+    def next_number(self) -> int:
+        """Return a number that no exchange has had."""
 
     def choose(self, info: RequestInfo) -> tuple[Forwarding, frozenset[Address] | None]:
         """Find the route, and the pods that the request is confined to, if any."""
@@ -100,6 +105,7 @@ class Exchange:
         "granted",
         "identity",
         "in_flight",
+        "number",
         "peer",
         "pod",
         "tries",
@@ -110,6 +116,7 @@ class Exchange:
         self._proxy = proxy
         self._request = request
         self._started = proxy.now()
+        self.number = proxy.next_number()
         channel = request.channel
         assert channel is not None
         self._keep = channel.site.read_ahead
@@ -141,6 +148,11 @@ class Exchange:
     def route(self) -> RouteConfig | None:
         """The route, once it has been found."""
         return None if self._forwarding is None else self._forwarding.route
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the body that are kept while it waits."""
+        return self._request.read_ahead
 
     # -- route
 
@@ -259,6 +271,8 @@ class Exchange:
         assert forwarding is not None
         assert upload is not None
         self.tries += 1
+        if self.upstream is not None:
+            self.upstream.sent(connection.address)
         self._connection = connection
         head = self._request.head
         body, ended = upload.attach(connection)
@@ -353,6 +367,8 @@ class Exchange:
         upstream, route, pod = self.upstream, self.route, self.pod
         if upstream is None or route is None or pod is None:
             return
+        if self.granted is not None:
+            upstream.began_to_answer(pod, self._proxy.now() - self.granted)
         if head.status in route.failures:
             upstream.failed(pod, f"it answered with {head.status}")
         else:
@@ -508,11 +524,19 @@ class Exchange:
         self._finished = True
         self._release()
         self._proxy.ended(self)
+        now, granted, route = self._proxy.now(), self.granted, self.route
+        counters = self._proxy.counters
+        (counters.unrouted if route is None else counters.of(route.name)).ended(
+            499 if self.client_left else self._request.status,
+            None if self.error is None else self.error.reason,
+            (now if granted is None else granted) - self._started,
+            None if granted is None else now - granted,
+            self.tries,
+        )
         if self._proxy.log_access is not None:
-            self._proxy.log_access(self._record())
+            self._proxy.log_access(self._record(now))
 
-    def _record(self) -> AccessRecord:
-        now = self._proxy.now()
+    def _record(self, now: float) -> AccessRecord:
         granted = self.granted
         head = self._request.head
         return AccessRecord(

@@ -8,6 +8,7 @@ in `strictproxy.exchange`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from twisted.internet.interfaces import IReactorTime
@@ -19,6 +20,7 @@ from strictproxy.config.model import ClientConfig, Match, RouteConfig
 from strictproxy.errors import (
     ExchangeTimeout,
     NoRoute,
+    ProxyError,
     RouterFailed,
 )
 from strictproxy.exchange import Exchange
@@ -28,6 +30,7 @@ from strictproxy.http.spool import Spool
 from strictproxy.http.timeouts import Timeouts
 from strictproxy.interfaces import IRouter, RequestInfo
 from strictproxy.logs import AccessRecord
+from strictproxy.metrics import Counters
 from strictproxy.routing import RouteTable
 from strictproxy.scheduling import Address
 from strictproxy.upstream import Upstream
@@ -56,6 +59,8 @@ class ProxyResource(Resource):
     ) -> None:
         super().__init__()
         self.now: Callable[[], float] = clock.seconds
+        self.counters = Counters()
+        self.next_number = itertools.count(1).__next__
         #: exchanges that have not finished
         self.running: set[Exchange] = set()
         #: exchanges of routes with a time-out for the whole of them, by route
@@ -80,6 +85,9 @@ class ProxyResource(Resource):
         self._bare_routes = {
             name: RouteConfig(f"router:{name}", Match(), name) for name in upstreams
         }
+        self.counters.configure(
+            (route.name, route.upstream) for route in (*routes, *self._bare_routes.values())
+        )
         self._forwarding = {
             route.name: Forwarding(route, server_timing=client.server_timing)
             for route in (*routes, *self._bare_routes.values())
@@ -101,6 +109,14 @@ class ProxyResource(Resource):
         """Return what receives a whole body."""
         client = self._client
         return Spool(client.spool_memory, client.spool_directory, request.pause, request.resume)
+
+    def cancel(self, number: int, error: ProxyError) -> bool:
+        """End one exchange; returns False if it has ended or never was."""
+        for exchange in self.running:
+            if exchange.number == number:
+                exchange.abandon(error)
+                return True
+        return False
 
     def uses(self, upstream: Upstream) -> bool:
         """Whether an exchange that has not finished is on an upstream."""

@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from twisted.application.service import IServiceCollection, Service
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.task import LoopingCall, deferLater
@@ -31,16 +32,20 @@ from twisted.python.failure import Failure
 from twisted.python.usage import Options as TwistedOptions
 from twisted.python.usage import UsageError
 
+from strictproxy.admin.access import Access
+from strictproxy.admin.documents import compact_document
+from strictproxy.admin.events import Events
 from strictproxy.admin.resources import QuietSite, make_admin
 from strictproxy.config import Config
 from strictproxy.config.changes import changes
 from strictproxy.config.file import ConfigFile
-from strictproxy.config.model import ClientConfig, ListenConfig, LogConfig
-from strictproxy.errors import ConfigError, ShuttingDown
+from strictproxy.config.model import AdminConfig, ClientConfig, ListenConfig, LogConfig
+from strictproxy.errors import Cancelled, ConfigError, ShuttingDown
 from strictproxy.http.site import StrictSite
 from strictproxy.http.tls import ServerCertificates
 from strictproxy.listeners import Listeners
 from strictproxy.logs import AccessLog, LogWriter
+from strictproxy.metrics import ProcessFigures, ProxyCollector, new_latency
 from strictproxy.parts import Parts, make_routers
 from strictproxy.proxy import ProxyResource
 from strictproxy.scheduling import Address
@@ -185,8 +190,19 @@ class ProxyService(Service):
         client = within_descriptors(config.client, descriptors())
         self.site = StrictSite(self.proxy, client, self._reactor)
         self.site.noisy = False
-        admin = make_admin(lambda: self.upstreams, lambda: self._closing)
-        self.admin = QuietSite(admin, reactor=self._reactor)
+        self._latency = new_latency()
+        self._swept = 0.0
+        self._configured_at = self._reactor.seconds()
+        self._registry = CollectorRegistry()
+        # Only what this process is about; and the usual about every process.
+        snapshots = lambda: [each.snapshot() for each in self.upstreams.values()]  # noqa: E731
+        self._registry.register(
+            ProxyCollector(self.proxy.counters, snapshots, self._figures, self._latency)
+        )
+        for usual in (ProcessCollector, PlatformCollector, GCCollector):
+            usual(registry=self._registry)
+        self._events = Events(self._event, self._reactor)
+        self.admin = self._make_admin(config.admin)
         #: certificates of the listeners that have some, read again when their files change
         self._certificates: dict[ListenConfig, ServerCertificates] = _certificates(config, {})
         #: the last reload failed, so what runs is not what the file says
@@ -237,10 +253,19 @@ class ProxyService(Service):
         self._looker.start(_LOOK_EVERY, now=False).addErrback(_log_failure)
         for upstream in self.upstreams.values():
             upstream.start()
-        await self._listen(self.config, self._certificates)
+        await self._listen(self.config, self._certificates, self.admin)
+
+    def _make_admin(self, config: AdminConfig | None) -> QuietSite | None:
+        if config is None:
+            return None
+        root = make_admin(self, Access(config), self._registry, self._events)
+        return QuietSite(root, reactor=self._reactor)
 
     async def _listen(
-        self, config: Config, certificates: dict[ListenConfig, ServerCertificates]
+        self,
+        config: Config,
+        certificates: dict[ListenConfig, ServerCertificates],
+        admin: QuietSite | None,
     ) -> None:
         wanted: list[tuple[str, Any]] = []
         for listener in config.listen:
@@ -250,7 +275,7 @@ class ProxyService(Service):
                 factory = TLSMemoryBIOFactory(creator, False, self.site, clock=self._reactor)
             wanted.append((listener.endpoint, factory))
         if config.admin is not None:
-            wanted.append((config.admin, self.admin))
+            wanted.append((config.admin.endpoint, admin))
         await self._listeners.change(wanted, shared=config.reuse_port)
 
     def _cannot_start(self, failure: Failure) -> None:
@@ -262,7 +287,7 @@ class ProxyService(Service):
 
     def addresses(self) -> list[tuple[str, int]]:
         """Return where the listeners are, the admin's last; for tests and the demo."""
-        admin = [] if self.config.admin is None else [self.config.admin]
+        admin = [] if self.config.admin is None else [self.config.admin.endpoint]
         return self._listeners.hosts([each.endpoint for each in self.config.listen] + admin)
 
     # -- reload
@@ -336,7 +361,10 @@ class ProxyService(Service):
         if self.observer is not None:
             self.observer.configure(self.log_config(config.log))
         try:
-            await self._listen(config, certificates)
+            admin = self.admin
+            if config.admin != old.admin:
+                admin = self._make_admin(config.admin)
+            await self._listen(config, certificates, admin)
         except ConfigError:
             if self.observer is not None:
                 self.observer.configure(self.log_config(old.log))
@@ -358,7 +386,8 @@ class ProxyService(Service):
             self.upstreams, config.routes, routers, _access_log(config.log), config.client
         )
         self.site.configure(within_descriptors(config.client, descriptors()))
-        self._certificates = certificates
+        self._certificates, self.admin = certificates, admin
+        self._configured_at = self._reactor.seconds()
         self.config = config
         return changes(old, config)
 
@@ -397,13 +426,14 @@ class ProxyService(Service):
             _log.info("stopping in {seconds:g} s", seconds=self.config.shutdown_delay)
             await deferLater(self._reactor, self.config.shutdown_delay)
         self.site.closing = True
-        admin = [] if self.config.admin is None else [(self.config.admin, self.admin)]
+        admin = [] if self.config.admin is None else [(self.config.admin.endpoint, self.admin)]
         # Whoever looks, and whoever drains, still can.
         await self._listeners.change(admin, shared=self.config.reuse_port)
         self.site.close_idle()
         await self._drained()
         for exchange in list(self.proxy.running):
             exchange.abandon(ShuttingDown("the proxy is shutting down"))
+        self._events.stop()
         await self._listeners.close()
         for upstream in (*self.upstreams.values(), *self._retired):
             upstream.stop()
@@ -420,9 +450,61 @@ class ProxyService(Service):
         while self.proxy.running and self._reactor.seconds() < deadline:
             await deferLater(self._reactor, 0.05)
 
+    # -- what operators may do; see `strictproxy.admin.api.Control`
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the proxy is shutting down."""
+        return self._closing
+
+    @property
+    def log_level(self) -> str:
+        """What is not as important as this is not logged."""
+        return self.config.log.level if self.observer is None else self.observer.level
+
+    def set_log_level(self, level: str) -> None:
+        """Log so much, until the configuration's level changes."""
+        if self.observer is not None:
+            self.observer.level = level
+
+    def cancel(self, number: int) -> bool:
+        """End a request; returns False if there is no such one."""
+        return self.proxy.cancel(number, Cancelled("an operator has cancelled it"))
+
+    def _event(self) -> dict[str, Any]:
+        """Return what the dashboard draws."""
+        outcomes: dict[str, int] = {}
+        for each in self.proxy.counters:
+            for (status, reason), count in each.outcomes.items():
+                name = reason or f"{status // 100}xx"
+                outcomes[name] = outcomes.get(name, 0) + count
+        return {
+            "time": self._reactor.seconds(),
+            "stopping": self._closing,
+            "reload_error": self.reload_error,
+            "outcomes": outcomes,
+            "upstreams": {
+                name: compact_document(each.snapshot()) for name, each in self.upstreams.items()
+            },
+        }
+
+    def _figures(self) -> ProcessFigures:
+        return ProcessFigures(
+            client_connections=len(self.site.channels),
+            max_client_connections=self.site.max_channels,
+            config_digest="" if self.file is None else self.file.digest,
+            reloads=self.reloads,
+            reload_failed=self.reload_error is not None,
+            configured_at=self._configured_at,
+        )
+
     # -- now and then
 
     def _sweep(self) -> None:
+        now = self._reactor.seconds()
+        if self._swept:
+            self._latency.observe(max(0.0, now - self._swept - _POOL_SWEEP))
+        self._swept = now
         self.proxy.sweep()
         for upstream in (*self.upstreams.values(), *self._retired):
             upstream.pool.sweep()

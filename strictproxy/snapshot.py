@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from math import ceil
 
 from strictproxy.interfaces import DiscoveryState
 from strictproxy.scheduling import Address
+
+
+@dataclass(slots=True)
+class PodStats:
+    """What has been counted about a pod, as long as it is known."""
+
+    requests: int = 0
+    #: connections that could not be made, and requests that failed
+    failures: int = 0
+    #: answers that have begun, and how long that took since the slot was there, in all
+    answers: int = 0
+    first_byte_seconds: float = 0.0
 
 
 class PodCondition(Enum):
@@ -23,6 +36,8 @@ class PodCondition(Enum):
     TERMINATING = "terminating"
     #: discovery does not know it any more
     REMOVED = "removed"
+    #: an operator has paused the whole upstream
+    PAUSED = "paused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +53,23 @@ class PodSnapshot:
     #: seconds until its trial, if it is unhealthy and not for its checks
     trial_in: float | None
     last_error: str | None
+    stats: PodStats
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSnapshot:
+    """One request that waits or runs."""
+
+    #: by which it can be cancelled
+    number: int
+    route: str
+    client: str
+    #: its X-Request-Id
+    request_id: str
+    #: None while it waits
+    pod: Address | None
+    #: seconds since it came, or since it has its slot
+    age: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +84,23 @@ class UpstreamSnapshot:
     running: int
     #: of the pods that take requests
     slots: int
+    #: requests in flight per pod, as configured or as set by an operator
+    limit: int
+    paused: bool
+    #: bytes of waiting requests' bodies that are kept
+    waiting_bytes: int
+    #: seconds that the first in line has waited
+    oldest: float
     #: times that more than half of the pods were gone at once
     shrinks: int
     discovery: DiscoveryState | None
+
+    @property
+    def utilisation(self) -> float:
+        """The part of the slots that is taken."""
+        return self.running / self.slots if self.slots else 0.0
+
+    @property
+    def desired_pods(self) -> int:
+        """How many pods would serve all that runs and waits now."""
+        return ceil((self.running + self.waiting) / self.limit)

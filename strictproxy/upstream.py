@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol, cast
 
 from twisted.internet.defer import Deferred
@@ -31,8 +32,15 @@ from strictproxy.scheduling import (
     Scheduler,
     SchedulerState,
     Standing,
+    Ticket,
 )
-from strictproxy.snapshot import PodCondition, PodSnapshot, UpstreamSnapshot
+from strictproxy.snapshot import (
+    PodCondition,
+    PodSnapshot,
+    PodStats,
+    RequestSnapshot,
+    UpstreamSnapshot,
+)
 
 _log = Logger()
 
@@ -42,6 +50,15 @@ _MOST_SAID = 100_000
 
 class LeaseOwner(Protocol):
     """Whoever acquires a lease here."""
+
+    #: by which people may cancel it
+    number: int
+    client: str
+    identity: bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that are kept while it waits."""
 
     def abandon(self, error: ProxyError) -> None:
         """End at once, with an error for the client."""
@@ -85,6 +102,9 @@ class Upstream:
         #: the pods of the set in force
         self._known: Mapping[Address, Endpoint] = {}
         self._shrinks = 0
+        self._stats: dict[Address, PodStats] = {}
+        #: another limit than the configuration's, until that changes
+        self._set_by_hand: int | None = None
         self._drained: set[Address] = set()
         self._limits = dict(config.pod_limits)
         #: limits that pods told by `limit_header`
@@ -125,6 +145,8 @@ class Upstream:
             that are known stay until this one publishes.
         """
         old, self.config, self.name = self.config, config, config.name
+        if config.limit != old.limit:
+            self._set_by_hand = None
         self.health.policy = config.health
         self._limits = dict(config.pod_limits)
         if config.limit_header != old.limit_header:
@@ -196,6 +218,22 @@ class Upstream:
 
     # -- how pods do
 
+    def sent(self, address: Address) -> None:
+        """Note that a request was given to a pod."""
+        self._stats_of(address).requests += 1
+
+    def began_to_answer(self, address: Address, seconds: float) -> None:
+        """Note that a pod began to answer, so long after the slot was there."""
+        stats = self._stats_of(address)
+        stats.answers += 1
+        stats.first_byte_seconds += seconds
+
+    def _stats_of(self, address: Address) -> PodStats:
+        stats = self._stats.get(address)
+        if stats is None:
+            stats = self._stats[address] = PodStats()
+        return stats
+
     def reached(self, address: Address) -> None:
         """Note that a connection to a pod was made."""
         if self.health.reached(address):
@@ -204,6 +242,7 @@ class Upstream:
     def unreachable(self, address: Address, error: str) -> None:
         """Note that a connection to a pod could not be made; discovery may not know yet."""
         self.discovery.look_now()
+        self._stats_of(address).failures += 1
         if self.health.unreachable(address, self._clock.seconds(), error):
             self._standings_changed(address)
 
@@ -214,6 +253,7 @@ class Upstream:
 
     def failed(self, address: Address, error: str) -> None:
         """Note that a pod failed a request that it had received."""
+        self._stats_of(address).failures += 1
         if self.health.failed(address, self._clock.seconds(), error):
             self._standings_changed(address)
 
@@ -256,6 +296,31 @@ class Upstream:
         self._apply()
         return True
 
+    @property
+    def limit(self) -> int:
+        """Requests in flight per pod, as configured or as set by an operator."""
+        return self.config.limit if self._set_by_hand is None else self._set_by_hand
+
+    def set_limit(self, limit: int) -> None:
+        """Set another limit, until the configuration's changes."""
+        self._set_by_hand = limit
+        _log.info("{upstream}: the limit is {limit} now", upstream=self.name, limit=limit)
+        self._apply()
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing new is dispatched, because an operator wants it so."""
+        return self.scheduler.paused
+
+    def pause(self, paused: bool) -> None:
+        """Dispatch nothing new, or go on; who waits, waits on, within its time."""
+        if paused != self.scheduler.paused:
+            self.scheduler.paused = paused
+            _log.info(
+                "{upstream} {what}", upstream=self.name, what="is paused" if paused else "goes on"
+            )
+            self._apply()
+
     # -- looking in
 
     def state(self) -> SchedulerState:
@@ -276,9 +341,34 @@ class Upstream:
             state.waiting,
             state.running,
             state.slots,
+            self.limit,
+            self.paused,
+            sum(cast("LeaseOwner", t.owner).kept_bytes for t in self.scheduler.everybody()),
+            self._oldest(),
             self._shrinks,
             self.discovery.state(),
         )
+
+    def _oldest(self) -> float:
+        arrived = min((ticket.arrived for ticket in self.scheduler.heads()), default=None)
+        return 0.0 if arrived is None else self._clock.seconds() - arrived
+
+    def running(self) -> list[RequestSnapshot]:
+        """Return the requests that hold a slot, the oldest first."""
+        now = self._clock.seconds()
+        leases = [
+            lease
+            for pod in self.scheduler.state().pods
+            for lease in self.scheduler.leases_on(pod.address)
+        ]
+        leases.sort(key=lambda lease: lease.granted)
+        return [_request(lease.ticket, lease.address, now - lease.granted) for lease in leases]
+
+    def waiting(self, most: int) -> list[RequestSnapshot]:
+        """Return those first in line, in order."""
+        now = self._clock.seconds()
+        tickets = self.scheduler.tickets()[:most]
+        return [_request(ticket, None, now - ticket.arrived) for ticket in tickets]
 
     def _pod_snapshot(self, pod: PodState) -> PodSnapshot:
         record = self.health.record(pod.address)
@@ -301,6 +391,7 @@ class Upstream:
             0 if record is None else record.failures,
             trial_in,
             None if record is None else record.error,
+            replace(self._stats.get(pod.address) or PodStats()),
         )
 
     # -- inside: pods
@@ -325,7 +416,10 @@ class Upstream:
             address: health.limit(address, self._full_limit(endpoint), now)
             for address, endpoint in self._known.items()
         }
-        holds = {address: Hold.UNHEALTHY for address in self._known if health.is_aside(address)}
+        holds: dict[Address, Hold] = {}
+        if self.paused:
+            holds = dict.fromkeys(self._known, Hold.PAUSED)
+        holds.update((each, Hold.UNHEALTHY) for each in self._known if health.is_aside(each))
         holds.update(dict.fromkeys(self._drained, Hold.DRAINED))
         holds.update(
             (address, Hold.TERMINATING)
@@ -333,7 +427,7 @@ class Upstream:
             if endpoint.terminating
         )
         # In this order: a pod on trial has its limit before it takes anything.
-        self.scheduler.set_limit(self.config.limit, now, limits)
+        self.scheduler.set_limit(self.limit, now, limits)
         self.scheduler.set_holds(holds, now)
         self._set_timer()
         self._set_pod_timer()
@@ -342,7 +436,7 @@ class Upstream:
         """Return what a pod in good health may have: as it says itself, or we, or discovery."""
         address = endpoint.address
         limit = self._said.get(address, self._limits.get(address, endpoint.limit))
-        return limit if limit is not None else max(1, round(endpoint.share * self.config.limit))
+        return limit if limit is not None else max(1, round(endpoint.share * self.limit))
 
     def _set_pod_timer(self) -> None:
         if self._pod_timer is not None:
@@ -404,6 +498,11 @@ class Upstream:
         self.trusted = True
         self._drained &= after
         self._said = {pod: limit for pod, limit in self._said.items() if pod in after}
+        self._stats = {
+            pod: stats
+            for pod, stats in self._stats.items()
+            if pod in after or self.scheduler.leases_on(pod)
+        }
         for address in gone:
             if self.scheduler.leases_on(address):
                 self._gone[address] = now
@@ -433,3 +532,9 @@ class Upstream:
         self._timer = None
         self.scheduler.expire(self._clock.seconds())
         self._set_timer()
+
+
+def _request(ticket: Ticket, pod: Address | None, age: float) -> RequestSnapshot:
+    owner = cast("LeaseOwner", ticket.owner)
+    identity = owner.identity.decode("ascii", "replace")
+    return RequestSnapshot(owner.number, ticket.route, owner.client, identity, pod, age)

@@ -22,6 +22,7 @@ from strictproxy.config import (
     parse,
 )
 from strictproxy.config.model import (
+    AdminConfig,
     CertificateFiles,
     CheckConfig,
     Family,
@@ -570,7 +571,7 @@ routes:
             (transcode.limit, transcode.queue.size, transcode.queue.timeout), (2, 200, 7200)
         )
         self.assertEqual(config.routes[0].name, "/VideoCodecService/VideoCodec")
-        self.assertEqual(config.admin, "tcp:9901:interface=127.0.0.1")
+        self.assertEqual(config.admin, AdminConfig("tcp:9901:interface=127.0.0.1"))
 
     def test_old_file(self) -> None:
         """The Go version's file keeps its meaning: exact URI, limit per pod for that URI."""
@@ -662,6 +663,11 @@ routes:
         ):
             config = parse(upstream(f"{{{written}}}"), "f")
             self.assertEqual(config.upstreams["u"].source, source)
+
+    def test_admin(self) -> None:
+        """An endpoint, or one with who may use it."""
+        config = parse(TOP + ROUTE + "admin: {endpoint: tcp:1, token_file: /t, open: true}\n", "f")
+        self.assertEqual(config.admin, AdminConfig("tcp:1", "/t", True))
 
     def test_check(self) -> None:
         """Everything that a check can say."""

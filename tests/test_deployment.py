@@ -67,7 +67,8 @@ class ManifestTests(SynchronousTestCase):
         (container,) = pod["containers"]
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         self.assertEqual([each.endpoint for each in config.listen], [f"tcp:{ports['http']}"])
-        self.assertEqual(config.admin, f"tcp:{ports['admin']}")
+        assert config.admin is not None
+        self.assertEqual(config.admin.endpoint, f"tcp:{ports['admin']}")
         self.assertGreater(pod["terminationGracePeriodSeconds"], config.drain_timeout)
         security = container["securityContext"]
         self.assertTrue(security["readOnlyRootFilesystem"])

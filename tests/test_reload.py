@@ -360,7 +360,7 @@ class ChangesTests(SynchronousTestCase):
                 "routes./a.request_headers: changed",
                 "routes./a.retry: [] -> [GET]",
                 "routes./a.timeout: off -> 60",
-                "admin: off -> tcp:81",
+                "admin: off -> {endpoint: tcp:81, token_file: off, open: false}",
                 "client.server_timing: false -> true",
             ],
         )

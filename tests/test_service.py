@@ -84,34 +84,6 @@ class ServiceTests(TestCase):
             self.assertEqual(await answer, (200, "hello"))
         self.assertEqual(await self.get(admin, "/healthz"), (200, "ok\n"))
         self.assertEqual(await self.get(admin, "/readyz"), (200, "ok\n"))
-        _, state = await self.get(admin, "/api/v1/state")
-        self.assertEqual(
-            json.loads(state),
-            {
-                "upstreams": {
-                    "u": {
-                        "trusted": True,
-                        "waiting": 0,
-                        "running": 0,
-                        "slots": 1,
-                        "shrinks": 0,
-                        "pods": [
-                            {
-                                "address": str(pod.address),
-                                "leases": 0,
-                                "limit": 1,
-                                "known": True,
-                                "condition": "ready",
-                                "failures": 0,
-                                "trial_in": None,
-                                "last_error": None,
-                            }
-                        ],
-                        "discovery": None,
-                    }
-                }
-            },
-        )
         self.assertEqual((await self.get(admin, "/0"))[0], 404)
         await service.stopService()
         await wire.end()

@@ -1,22 +1,44 @@
-"""The admin listener's resources."""
+"""
+The admin listener's resources, put together.
+
+    /              the dashboard
+    /healthz       the process answers
+    /readyz        every upstream has had its first trusted set, and we are not stopping
+    /metrics       for Prometheus
+    /api/v1/...    see `strictproxy.admin.api`
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from importlib.resources import files
 from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from twisted.web.http import Request
 from twisted.web.resource import Resource
 from twisted.web.server import Site
 
-from strictproxy.interfaces import DiscoveryState, Endpoint
-from strictproxy.snapshot import PodCondition
-from strictproxy.upstream import Upstream
+from strictproxy.admin.access import Access, Refused
+from strictproxy.admin.api import Api, Control
+from strictproxy.admin.events import Events
+
+_PAGES: Mapping[bytes, tuple[str, bytes]] = {
+    b"": ("dashboard.html", b"text/html; charset=utf-8"),
+    b"dashboard.css": ("dashboard.css", b"text/css; charset=utf-8"),
+    b"dashboard.js": ("dashboard.js", b"text/javascript; charset=utf-8"),
+    b"icon.svg": ("icon.svg", b"image/svg+xml"),
+}
+#: Nothing but what comes from here, and nothing that runs but our own file.
+_POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class _Probe(Resource):
-    """Answers 200 or 503, with the reason as text."""
+    """Answers 200 or 503, with the reason; open to everybody, as the kubelet has no token."""
 
     isLeaf = True
 
@@ -33,62 +55,43 @@ class _Probe(Resource):
         return problem.encode() + b"\n"
 
 
-class _State(Resource):
-    """The state of every upstream as JSON."""
+class _Metrics(Resource):
+    """The metrics, in Prometheus' text format."""
 
     isLeaf = True
 
-    def __init__(self, upstreams: Callable[[], Mapping[str, Upstream]]) -> None:
+    def __init__(self, registry: CollectorRegistry, access: Access) -> None:
         super().__init__()
-        self._upstreams = upstreams
+        self._registry = registry
+        self._access = access
 
     def render_GET(self, request: Request) -> bytes:
-        request.setHeader(b"content-type", b"application/json")
-        document = {name: upstream_state(each) for name, each in self._upstreams().items()}
-        return json.dumps({"upstreams": document}, indent=2).encode() + b"\n"
+        try:
+            self._access.check(request.getHeader("authorization"), changes=False)
+        except Refused as error:
+            request.setResponseCode(error.status)
+            return f"{error}\n".encode()
+        request.setHeader(b"content-type", CONTENT_TYPE_LATEST.encode())
+        return generate_latest(self._registry)
 
 
-def _discovery(state: DiscoveryState) -> dict[str, Any]:
-    def texts(endpoints: Collection[Endpoint] | None) -> list[str] | None:
-        if endpoints is None:
-            return None
-        return [str(endpoint.address) for endpoint in sorted(endpoints)]
+class _Page(Resource):
+    """A file of the dashboard. It says nothing about the proxy, so it needs no token."""
 
-    return {
-        "in_force": texts(state.in_force),
-        "since": state.since,
-        "candidate": texts(state.candidate),
-        "agreed": state.agreed,
-        "rejections": state.rejections,
-        "last_error": state.last_error,
-        "lookups": dict(state.lookups),
-    }
+    isLeaf = True
 
+    def __init__(self, name: str, kind: bytes) -> None:
+        super().__init__()
+        self._content = (files("strictproxy.admin") / "static" / name).read_bytes()
+        self._kind = kind
 
-def upstream_state(upstream: Upstream) -> dict[str, Any]:
-    """Return an upstream's state as plain data."""
-    state = upstream.snapshot()
-    return {
-        "trusted": state.trusted,
-        "waiting": state.waiting,
-        "running": state.running,
-        "slots": state.slots,
-        "shrinks": state.shrinks,
-        "pods": [
-            {
-                "address": str(pod.address),
-                "leases": pod.leases,
-                "limit": pod.limit,
-                "known": pod.condition is not PodCondition.REMOVED,
-                "condition": pod.condition.value,
-                "failures": pod.failures,
-                "trial_in": pod.trial_in,
-                "last_error": pod.last_error,
-            }
-            for pod in state.pods
-        ],
-        "discovery": None if state.discovery is None else _discovery(state.discovery),
-    }
+    def render_GET(self, request: Request) -> bytes:
+        request.setHeader(b"content-type", self._kind)
+        request.setHeader(b"content-security-policy", _POLICY)
+        request.setHeader(b"x-content-type-options", b"nosniff")
+        request.setHeader(b"referrer-policy", b"no-referrer")
+        request.setHeader(b"cache-control", b"no-cache")
+        return self._content
 
 
 class QuietSite(Site):
@@ -101,27 +104,23 @@ class QuietSite(Site):
 
 
 def make_admin(
-    upstreams: Callable[[], Mapping[str, Upstream]], is_closing: Callable[[], bool]
+    control: Control, access: Access, registry: CollectorRegistry, events: Events
 ) -> Resource:
-    """
-    Return the root of the admin site.
-
-    `/healthz`: the process answers. `/readyz`: every upstream has had its
-    first trusted address set, and the proxy is not shutting down.
-    """
+    """Return the root of the admin site."""
 
     def ready() -> str | None:
-        if is_closing():
+        if control.stopping:
             return "shutting down"
-        waiting = [name for name, each in upstreams().items() if not each.trusted]
+        waiting = [name for name, each in control.upstreams.items() if not each.trusted]
         return f"no trusted address set yet for: {', '.join(waiting)}" if waiting else None
 
     root = Resource()
     root.putChild(b"healthz", _Probe(lambda: None))
     root.putChild(b"readyz", _Probe(ready))
-    api = Resource()
-    version = Resource()
+    root.putChild(b"metrics", _Metrics(registry, access))
+    for path, (name, kind) in _PAGES.items():
+        root.putChild(path, _Page(name, kind))
+    api: Any = Resource()
     root.putChild(b"api", api)
-    api.putChild(b"v1", version)
-    version.putChild(b"state", _State(upstreams))
+    api.putChild(b"v1", Api(control, access, events))
     return root

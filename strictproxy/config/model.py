@@ -168,6 +168,18 @@ class CheckConfig:
 
 
 @dataclass(frozen=True)
+class AdminConfig:
+    """Where operators connect."""
+
+    #: a Twisted server endpoint
+    endpoint: str
+    #: a file with the token that changes things, and reads where others could too
+    token_file: str | None = None
+    #: reading needs no token, wherever from
+    open: bool = False
+
+
+@dataclass(frozen=True)
 class UpstreamConfig:
     """Pods that do the same job."""
 
@@ -343,7 +355,7 @@ class Config:
     upstreams: Mapping[str, UpstreamConfig]
     routes: tuple[RouteConfig, ...]
     routers: tuple[RouterConfig, ...] = ()
-    admin: str | None = None
+    admin: AdminConfig | None = None
     client: ClientConfig = ClientConfig()
     log: LogConfig = LogConfig()
     #: running and waiting requests may take so long after SIGTERM

@@ -16,6 +16,7 @@ import yaml
 from strictproxy.config import kinds, reader
 from strictproxy.config.model import (
     AccessFormat,
+    AdminConfig,
     Body,
     CertificateFiles,
     CheckConfig,
@@ -98,7 +99,7 @@ def parse(content: str, file: str, environ: Mapping[str, str] | None = None) -> 
 
 def _config(top: Section) -> Config:
     listen = top.take("listen", reader.one_or_more(listener))
-    admin = top.take("admin", kinds.endpoint, None)
+    admin = top.take("admin", _admin, None)
     upstreams = top.take("upstreams", named(_upstream))
     routers: tuple[RouterConfig, ...] = top.take(
         "routers", reader.items(reader.section(_router)), ()
@@ -267,6 +268,21 @@ def _certificate(part: Section) -> CertificateFiles:
 
 
 # -- listeners
+
+
+def _admin(document: Document, node: yaml.Node, path: str) -> AdminConfig:
+    """An endpoint, alone or with who may use it."""
+    if isinstance(node, yaml.MappingNode):
+        return reader.section(_admin_section)(document, node, path)
+    return AdminConfig(kinds.endpoint(document, node, path))
+
+
+def _admin_section(part: Section) -> AdminConfig:
+    return AdminConfig(
+        endpoint=part.take("endpoint", kinds.endpoint),
+        token_file=part.take("token_file", reader.text, None),
+        open=part.take("open", reader.boolean, False),
+    )
 
 
 def listener(document: Document, node: yaml.Node, path: str) -> ListenConfig:

@@ -106,6 +106,11 @@ class ClientRequest:
         if max_body is not None and length is not None and length > max_body:
             raise BodyTooLarge(f"the body has {length} bytes; at most {max_body} are allowed")
 
+    @property
+    def read_ahead(self) -> int:
+        """Bytes of the body that have been read and not been asked for."""
+        return self._ahead_size
+
     def open_body(self) -> bytes:
         """Return what was read ahead; from now on the handler gets the body as it arrives."""
         self._body_open = True

@@ -35,6 +35,8 @@ class Hold(Enum):
     DRAINED = "drained"
     #: it failed requests, or checks
     UNHEALTHY = "unhealthy"
+    #: an operator has paused the whole upstream
+    PAUSED = "paused"
 
 
 class Pod:

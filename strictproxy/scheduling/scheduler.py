@@ -59,6 +59,8 @@ class Scheduler:
         self.queue_size = queue_size
         self.queue_timeout = queue_timeout
         self.no_pods_timeout = no_pods_timeout
+        #: that no pod takes requests is somebody's wish; nobody is turned away for it
+        self.paused = False
         self.waiting = 0
         self.running = 0
         #: mean seconds that a lease is held, or None before the first release
@@ -209,7 +211,8 @@ class Scheduler:
             return deadline is not None and deadline <= now
 
         def error(ticket: Ticket) -> Exception:
-            return WaitedTooLong(now - ticket.arrived) if self._open_pods else NoPods()
+            too_long = self._open_pods or self.paused
+            return WaitedTooLong(now - ticket.arrived) if too_long else NoPods()
 
         for line in list(self._lines.values()):
             self._turn_away(line, error, is_due)
@@ -237,10 +240,18 @@ class Scheduler:
         slots = sum(pod.limit for pod in self._pods.values() if pod.open)
         return SchedulerState(pods, self.waiting, self.running, slots)
 
+    def heads(self) -> Iterator[Ticket]:
+        """The first of each group of requests that may use the same pods."""
+        return (line.head for line in self._lines.values())
+
+    def everybody(self) -> Iterator[Ticket]:
+        """Everybody who waits, in no order."""
+        for line in self._lines.values():
+            yield from line.tickets()
+
     def tickets(self) -> list[Ticket]:
         """Everybody who waits, in order of arrival. O(n log n): for people, not per request."""
-        everybody = (ticket for line in self._lines.values() for ticket in line.tickets())
-        return sorted(everybody, key=lambda ticket: ticket.ordinal)
+        return sorted(self.everybody(), key=lambda ticket: ticket.ordinal)
 
     def leases_on(self, address: Address) -> list[Lease]:
         """Return the leases held on a pod, the oldest first."""
@@ -398,7 +409,7 @@ class Scheduler:
 
     def _deadline(self, ticket: Ticket) -> float | None:
         when = None if self.queue_timeout is None else ticket.arrived + self.queue_timeout
-        if not self._open_pods:
+        if not self._open_pods and not self.paused:
             no_pods = max(ticket.arrived, self._no_pods_since) + self.no_pods_timeout
             when = no_pods if when is None else min(when, no_pods)
         return when
