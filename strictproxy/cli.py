@@ -7,7 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
+from rich.console import Console
 
+from strictproxy import top as look
 from strictproxy.config import Config, InvalidConfig, load
 from strictproxy.config.changes import changes
 from strictproxy.errors import ConfigError
@@ -44,6 +46,29 @@ def check(file: Path, against: Path | None) -> None:
         for line in lines:
             click.echo(line)
         click.echo(f"{len(lines)} {'change' if len(lines) == 1 else 'changes'}")
+
+
+@main.command()
+@click.option(
+    "--url", default="http://127.0.0.1:9901", show_default=True, help="Of the admin port."
+)
+@click.option(
+    "--token-file", type=click.Path(path_type=Path), help="With the token, where one is needed."
+)
+@click.option("--once", is_flag=True, help="Print one picture, and exit.")
+def top(url: str, token_file: Path | None, once: bool) -> None:
+    """
+    Watch a running proxy: pods, slots and the line.
+
+    Ends with Ctrl-C.
+    """
+    try:
+        look.run(url, token_file, Console(), once=once)
+    except KeyboardInterrupt:
+        pass
+    except look.CannotLook as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)
 
 
 def _load(file: Path) -> Config:

@@ -9,6 +9,7 @@ in `strictproxy.exchange`.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from twisted.internet.interfaces import IReactorTime
@@ -37,6 +38,9 @@ from strictproxy.upstream import Upstream
 
 _log = Logger()
 
+#: So many of the errors that clients got are kept, for people to see.
+_ERRORS = 20
+
 
 class ProxyResource(Resource):
     """
@@ -61,6 +65,8 @@ class ProxyResource(Resource):
         self.now: Callable[[], float] = clock.seconds
         self.counters = Counters()
         self.next_number = itertools.count(1).__next__
+        #: the errors that clients got last: time, reason, route, pod
+        self.errors: deque[tuple[float, str, str, str | None]] = deque(maxlen=_ERRORS)
         #: exchanges that have not finished
         self.running: set[Exchange] = set()
         #: exchanges of routes with a time-out for the whole of them, by route
@@ -132,6 +138,10 @@ class ProxyResource(Resource):
     def ended(self, exchange: Exchange) -> None:
         """Forget an exchange."""
         self.running.discard(exchange)
+        error, pod = exchange.error, exchange.pod
+        if error is not None and not exchange.client_left:
+            route = "" if exchange.route is None else exchange.route.name
+            self.errors.append((self.now(), error.reason, route, None if pod is None else str(pod)))
         if exchange.route is not None and exchange.route.name in self._timeouts:
             self._timeouts[exchange.route.name].stop(exchange)
 

@@ -483,6 +483,7 @@ class ProxyService(Service):
             "stopping": self._closing,
             "reload_error": self.reload_error,
             "outcomes": outcomes,
+            "errors": list(reversed(self.proxy.errors)),
             "upstreams": {
                 name: compact_document(each.snapshot()) for name, each in self.upstreams.items()
             },

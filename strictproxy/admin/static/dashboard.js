@@ -87,9 +87,13 @@ class View {
 
   draw(state, time) {
     this.state = state;
-    const seconds = this.before ? Math.max(time - this.before.time, 0.001) : 0;
-    const rate = this.before ? Math.max(0, (state.requests - this.before.requests) / seconds) : 0;
-    this.before = { time, requests: state.requests };
+    const again = this.before && time <= this.before.time;
+    if (!again) {
+      const passed = this.before ? time - this.before.time : 0;
+      this.rate = passed ? Math.max(0, (state.requests - this.before.requests) / passed) : 0;
+      this.before = { time, requests: state.requests };
+    }
+    const rate = this.rate;
     this.figure("running", `${state.running} / ${state.slots}`);
     this.figure("waiting", state.waiting);
     this.figure("oldest", state.waiting ? duration(state.oldest) : "–");
@@ -103,7 +107,7 @@ class View {
     this.find(".pause").textContent = state.paused ? "Go on" : "Pause";
     this.drawPods(state.pods);
     for (const [key, value] of [["rate", rate], ["waiting", state.waiting]]) {
-      this.history[key].push([time, value]);
+      if (!again) this.history[key].push([time, value]);
       while (this.history[key][0][0] < time - KEEP) this.history[key].shift();
       chart(this.find(`[data-chart=${key}]`), this.history[key], time);
     }
@@ -281,6 +285,9 @@ function draw(state) {
   }
   const parts = Object.entries(state.outcomes).sort().map(([name, count]) => `${name} ${count}`);
   get("outcomes").textContent = parts.length ? `Answers so far: ${parts.join(", ")}.` : "No request yet.";
+  get("errors").replaceChildren(...state.errors.map(([time, reason, route, pod]) =>
+    row([new Date(time * 1000).toLocaleTimeString(), reason, route, pod || ""])));
+  get("recent").hidden = !state.errors.length;
   if (state.reload_error) say(`The configuration file has mistakes, and what was before is in force:\n${state.reload_error}`);
   status(state.stopping ? "shutting down" : "live", state.stopping ? "lost" : "live");
 }
