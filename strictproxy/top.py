@@ -96,7 +96,8 @@ def _rate(name: str, state: Mapping[str, Any], before: Mapping[str, Any] | None)
     if before is None or name not in before["upstreams"] or state["time"] <= before["time"]:
         return None
     done: float = state["upstreams"][name]["requests"] - before["upstreams"][name]["requests"]
-    return max(0.0, done / (state["time"] - before["time"]))
+    seconds: float = state["time"] - before["time"]
+    return max(0.0, done / seconds)
 
 
 def _upstream(name: str, state: Mapping[str, Any], rate: float | None, rows: int) -> RenderableType:
