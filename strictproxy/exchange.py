@@ -38,6 +38,7 @@ from strictproxy.interfaces import RequestInfo
 from strictproxy.logs import AccessRecord
 from strictproxy.metrics import Counters
 from strictproxy.scheduling import Address, Lease
+from strictproxy.tracing import Tracing
 from strictproxy.upload import Upload
 from strictproxy.upstream import Upstream
 
@@ -54,6 +55,7 @@ class ExchangeOwner(Protocol):
     now: Callable[[], float]
     log_access: Callable[[AccessRecord], None] | None
     counters: Counters
+    tracing: Tracing | None
 
     def next_number(self) -> int:
         """Return a number that no exchange has had."""
@@ -96,6 +98,7 @@ class Exchange:
         "_proxy",
         "_request",
         "_started",
+        "_trace",
         "_tunnel",
         "_upload",
         "_waiting",
@@ -123,6 +126,7 @@ class Exchange:
         self.peer = channel.peer
         self.client = client_address(request.head, self.peer, channel.site.is_trusted)
         self.identity = request_id(request.head)
+        self._trace = None if proxy.tracing is None else proxy.tracing.begin(request.head)
         self._forwarding: Forwarding | None = None
         self.upstream: Upstream | None = None
         #: the only pods it may go to, or None for any
@@ -196,6 +200,8 @@ class Exchange:
         assert route is not None
         assert upstream is not None
         self._waiting = None
+        if self._trace is not None:
+            self._trace.waits(route.name, upstream.name)
         lease = upstream.acquire(route.name, self._allowed, self)
         if isinstance(lease, Lease):
             self._leased(lease)
@@ -276,7 +282,9 @@ class Exchange:
         self._connection = connection
         head = self._request.head
         body, ended = upload.attach(connection)
-        out = forwarding.request_head(head, self.peer, str(self.pod), self.identity)
+        pod = str(self.pod)
+        traceparent = None if self._trace is None else self._trace.sent(pod)
+        out = forwarding.request_head(head, self.peer, pod, self.identity, traceparent)
         out.append(body)
         connection.begin(self, head.method, b"".join(out), ended)
         if not ended:
@@ -533,6 +541,9 @@ class Exchange:
             None if granted is None else now - granted,
             self.tries,
         )
+        if self._trace is not None:
+            reason = None if self.error is None else self.error.reason
+            self._trace.ended(self._request.status, reason, self.tries)
         if self._proxy.log_access is not None:
             self._proxy.log_access(self._record(now))
 

@@ -40,6 +40,7 @@ _REBUILT = frozenset(
         b"x-request-id",
     )
 )
+_TRACEPARENT = frozenset((b"traceparent",))
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,200}")
 
 
@@ -70,14 +71,27 @@ class Forwarding:
         self._response = _Edits(route.response_headers)
         self._server_timing = server_timing
 
-    def request_head(self, head: RequestHead, peer: Peer, pod: str, identity: bytes) -> list[bytes]:
-        """Return the head to send to the pod, in pieces, up to and with its empty line."""
+    def request_head(
+        self,
+        head: RequestHead,
+        peer: Peer,
+        pod: str,
+        identity: bytes,
+        traceparent: bytes | None = None,
+    ) -> list[bytes]:
+        """
+        Return the head to send to the pod, in pieces, up to and with its empty line.
+
+        :param traceparent: instead of the client's, if there is a span of ours.
+        """
         target = head.target
         if self.route.replace_prefix is not None:
             target = rewrite(self.route, target.decode("latin-1")).encode("latin-1")
         dropped = head.dropped | _REBUILT | self._request.dropped
         if not peer.trusted:
             dropped |= _TOLD_BY_PROXIES
+        if traceparent:
+            dropped |= _TRACEPARENT
         scheme = b"https" if peer.secure else b"http"
         address = peer.address.encode()
         out = [b"%b %b HTTP/1.1\r\n" % (head.method, target)]
@@ -104,6 +118,8 @@ class Forwarding:
             node = b'"[%b]"' % address if b":" in address else address
             hop = b"for=%b;proto=%b" % (node, scheme)
             out.append(b"Forwarded: %b\r\n" % _append(forwarded, hop))
+        if traceparent:
+            out.append(b"traceparent: %b\r\n" % traceparent)
         if not head.host and head.get(b"host") is None:
             out.append(b"Host: %b\r\n" % pod.encode())
         if head.chunked:

@@ -212,6 +212,9 @@ class LogWriter:
     def __call__(self, event: LogEvent) -> None:
         """Write one event."""
         level = event.get("log_level")
+        if event.get("log_namespace") == "log_legacy" and level is LogLevel.info:
+            # What Twisted says about each port that it opens interests only its developers.
+            level = LogLevel.debug
         if level is not None and level < self._level:
             return
         record = event.get("access")

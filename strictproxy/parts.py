@@ -49,6 +49,14 @@ class Parts:
         self._reactor = reactor
         self._name_servers = NameServers(reactor)
         self._resolv_conf = ResolvConfFile()
+        # One for the process: other replicas look at other moments, but our own
+        # upstreams together, which wakes the process up less often.
+        phase = random.random()
+        self._phase = lambda: phase
+
+    def stop(self) -> None:
+        """Close what upstreams share."""
+        self._name_servers.stop()
 
     def upstream(self, config: UpstreamConfig, routes: Iterable[RouteConfig]) -> Upstream:
         """
@@ -74,7 +82,7 @@ class Parts:
             discovery = KubernetesDiscovery(source, api, self._reactor, random.random)
         else:
             names = Names(source, self._name_servers, self._resolv_conf)
-            discovery = DnsDiscovery(source, names, self._reactor, random.random)
+            discovery = DnsDiscovery(source, names, self._reactor, self._phase)
         return discovery
 
     def way_to_pods(self, tls: PodTls | None) -> EndpointFor:

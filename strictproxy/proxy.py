@@ -34,6 +34,7 @@ from strictproxy.logs import AccessRecord
 from strictproxy.metrics import Counters
 from strictproxy.routing import RouteTable
 from strictproxy.scheduling import Address
+from strictproxy.tracing import Tracing
 from strictproxy.upstream import Upstream
 
 _log = Logger()
@@ -64,6 +65,8 @@ class ProxyResource(Resource):
         super().__init__()
         self.now: Callable[[], float] = clock.seconds
         self.counters = Counters()
+        #: makes spans, if somebody wants them
+        self.tracing: Tracing | None = None
         self.next_number = itertools.count(1).__next__
         #: the errors that clients got last: time, reason, route, pod
         self.errors: deque[tuple[float, str, str, str | None]] = deque(maxlen=_ERRORS)

@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from twisted.application.service import IServiceCollection, Service
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.task import LoopingCall, deferLater
+from twisted.internet.threads import deferToThreadPool
 from twisted.logger import ILogObserver, Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.components import Componentized
@@ -49,6 +50,7 @@ from strictproxy.metrics import ProcessFigures, ProxyCollector, new_latency
 from strictproxy.parts import Parts, make_routers
 from strictproxy.proxy import ProxyResource
 from strictproxy.scheduling import Address
+from strictproxy.tracing import Tracing, make_provider
 from strictproxy.upstream import Upstream
 
 _log = Logger()
@@ -56,6 +58,8 @@ _log = Logger()
 _POOL_SWEEP = 0.5
 #: How often the configuration and certificate files are looked at, seconds.
 _LOOK_EVERY = 5.0
+#: Seconds that the last spans get to be exported.
+_EXPORT = 5.0
 
 
 class Options(TwistedOptions):
@@ -187,6 +191,7 @@ class ProxyService(Service):
             _access_log(config.log),
             config.client,
         )
+        self.proxy.tracing = _tracing(config)
         client = within_descriptors(config.client, descriptors())
         self.site = StrictSite(self.proxy, client, self._reactor)
         self.site.noisy = False
@@ -358,6 +363,9 @@ class ProxyService(Service):
             if name not in kept
         }
         certificates = _certificates(config, self._certificates)
+        old_tracing = tracing = self.proxy.tracing
+        if config.tracing != old.tracing:
+            tracing = _tracing(config)
         if self.observer is not None:
             self.observer.configure(self.log_config(config.log))
         try:
@@ -385,6 +393,9 @@ class ProxyService(Service):
         self.proxy.configure(
             self.upstreams, config.routes, routers, _access_log(config.log), config.client
         )
+        self.proxy.tracing = tracing
+        if old_tracing is not None and old_tracing is not tracing:
+            self._stop_tracing(old_tracing)
         self.site.configure(within_descriptors(config.client, descriptors()))
         self._certificates, self.admin = certificates, admin
         self._configured_at = self._reactor.seconds()
@@ -437,10 +448,20 @@ class ProxyService(Service):
         await self._listeners.close()
         for upstream in (*self.upstreams.values(), *self._retired):
             upstream.stop()
+        self._parts.stop()
         self.site.stop()
         for loop in (self._sweeper, self._looker):
             if loop.running:
                 loop.stop()
+        if self.proxy.tracing is not None:
+            await self._stop_tracing(self.proxy.tracing)
+
+    def _stop_tracing(self, tracing: Tracing) -> Deferred[None]:
+        """Export what is left, or what can be in a moment."""
+        stopped = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), tracing.stop)
+        return stopped.addTimeout(_EXPORT, self._reactor).addErrback(
+            lambda failure: _log.warn("spans are lost: {reason}", reason=failure.value)
+        )
 
     async def _drained(self) -> None:
         """Wait until nothing runs or waits, at most `drain_timeout`."""
@@ -522,6 +543,10 @@ def _routes_to(config: Config, upstream: str) -> list[Any]:
 
 def _access_log(config: LogConfig) -> AccessLog | None:
     return AccessLog(config.access_sample, random.random) if config.access else None
+
+
+def _tracing(config: Config) -> Tracing | None:
+    return None if config.tracing is None else Tracing(make_provider(config.tracing))
 
 
 def _certificates(

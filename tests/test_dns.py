@@ -51,13 +51,12 @@ def found(hosts: Collection[str]) -> tuple[Outcome, Collection[Endpoint]]:
 
 
 class DnsDiscoveryTests(SynchronousTestCase):
-    def begin(self, answer: Answer | Callable[[int], Answer]) -> None:
+    def begin(self, answer: Answer | Callable[[int], Answer], phase: float = 1.0) -> None:
         self.clock = Clock()
         self.script = Script(answer)
         self.published: list[tuple[float, list[str]]] = []
-        self.random = 0.0
         self.discovery = DnsDiscovery(
-            DnsSource("pods.ns", 80), self.script, self.clock, lambda: self.random
+            DnsSource("pods.ns", 80), self.script, self.clock, lambda: phase
         )
 
         def publish(endpoints: Collection[Endpoint]) -> None:
@@ -169,21 +168,20 @@ class DnsDiscoveryTests(SynchronousTestCase):
         self.run_for(5)
         self.assertEqual(self.published[-1][1], ["10.0.0.2"])
 
-    def test_jitter(self) -> None:
-        """Looks are put off by up to a quarter of their interval; the first one is not."""
-        self.begin(["10.0.0.1"])
-        self.assertEqual(self.script.asked, 1)
-        self.run_for(5)
-        asked = self.script.asked
-        self.random = 1.0
-        self.run_for(1.375)
-        self.assertEqual(self.script.asked, asked)
-        self.run_for(0.125)
-        self.assertEqual(self.script.asked, asked + 1)
-        self.run_for(20)
-        self.assertEqual(self.script.asked, asked + 11)
-        # Stopped while it is put off, it leaves nothing.
-        self.run_for(1.75)
+    def test_out_of_step(self) -> None:
+        """Looks after the first one are at a moment of the interval that is chance's."""
+        for phase in (0.25, 0.75):
+            self.begin(["10.0.0.1"], phase)
+            self.run_for(5)
+            times = []
+            for _ in range(80):
+                asked = self.script.asked
+                self.run_for(0.125)
+                if self.script.asked > asked:
+                    times.append(self.clock.seconds() % 2)
+            self.assertEqual(times, [2 * phase] * 5)
+        self.begin(["10.0.0.1"], 0.5)
+        self.run_for(0.5)
 
     def test_publisher_that_raises(self) -> None:
         """A fault in whoever is told cannot stop it either; it is logged."""
@@ -259,10 +257,12 @@ class NamesTests(TestCase):
     async def lookup(self, **records: list[str]) -> tuple[Outcome, Collection[Endpoint]]:
         self.server.zone.records = {key.replace("_", "."): each for key, each in records.items()}
         config = DnsSource("pods.ns", 80, servers=(("127.0.0.1", self.server.port),))
-        names = Names(config, NameServers(reactor), ResolvConfFile("/nowhere"))
+        servers = NameServers(reactor)
+        names = Names(config, servers, ResolvConfFile("/nowhere"))
         try:
             return await names.lookup()
         finally:
+            servers.stop()
             # Twisted's server sees the end of a TCP connection a turn later.
             await deferLater(reactor, 0.01)
 
@@ -297,7 +297,9 @@ class NamesTests(TestCase):
         """Where nobody listens, that is known at once, by IPv4 and by IPv6."""
         for host in ("127.0.0.1", "::1"):
             config = DnsSource("pods.ns", 80, servers=((host, 1),))
-            names = Names(config, NameServers(reactor), ResolvConfFile("/nowhere"))
+            servers = NameServers(reactor)
+            self.addCleanup(servers.stop)
+            names = Names(config, servers, ResolvConfFile("/nowhere"))
             with self.assertRaises(LookupFailed) as caught:
                 await names.lookup()
             self.assertIn("nobody listens", str(caught.exception))

@@ -597,13 +597,14 @@ class ScenarioTests(SynchronousTestCase):
         folder.mkdir()
         world = World(folder, scenario.conf)
         config = DnsSource(**{"name": NAME, "port": 80, **scenario.source})
+        servers = NameServers(world.network)
         names = Names(
             config,
-            NameServers(world.network),
+            servers,
             ResolvConfFile(world.resolv_conf),
             str(world.hosts),
         )
-        discovery = DnsDiscovery(config, names, world.network, lambda: 0.0)
+        discovery = DnsDiscovery(config, names, world.network, lambda: 1.0)
         in_force: list[Collection[Endpoint]] = []
         events: list[tuple[float, int, Any]] = [
             (when, 1, expected) for when, expected in scenario.expected.items()
@@ -630,6 +631,7 @@ class ScenarioTests(SynchronousTestCase):
         counted = {outcome for outcome, count in state.lookups.items() if count}
         self.assertEqual(counted, set(scenario.outcomes))
         discovery.stop()
+        servers.stop()
         self.assertEqual(world.network.getDelayedCalls(), [])
         self.assertEqual(world.network.open, set(), "something is left open")
 

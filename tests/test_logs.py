@@ -136,6 +136,15 @@ class FormatTests(SynchronousTestCase):
             self.assertRegex(stream.getvalue(), expected)
             self.assertEqual(len(stream.getvalue().splitlines()), 1)
 
+    def test_twisted_talks_to_itself(self) -> None:
+        """What Twisted tells in its old way is for its developers, errors apart."""
+        self.publisher.addObserver(LogWriter(LogConfig(), self.stream))
+        legacy = Logger(namespace="log_legacy", observer=self.publisher)
+        legacy.info("Port starting on 1")
+        legacy.emit(LogLevel.critical, "broken")
+        (line,) = self.lines()
+        self.assertIn("broken", line)
+
     def test_sampling(self) -> None:
         """Of what went well a share is logged, of what did not everything."""
         self.publisher.addObserver(LogWriter(LogConfig(), self.stream))

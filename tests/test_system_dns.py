@@ -61,7 +61,9 @@ class _DiscoveryTests:
                 **source,
             }
         )
-        names = Names(config, NameServers(reactor), ResolvConfFile("/nowhere"))
+        servers = NameServers(reactor)
+        self.addCleanup(servers.stop)
+        names = Names(config, servers, ResolvConfFile("/nowhere"))
         self.published: list[list[str]] = []
 
         def publish(endpoints: Collection[Endpoint]) -> None:

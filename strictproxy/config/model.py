@@ -348,6 +348,18 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class TracingConfig:
+    """Where spans go."""
+
+    #: URL of an OpenTelemetry collector: OTLP over HTTP
+    endpoint: str
+    #: part of the traces that nobody before us has decided about
+    sample: float = 1.0
+    #: what we are called there
+    service: str = "strictproxy"
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that a configuration file says."""
 
@@ -364,3 +376,4 @@ class Config:
     shutdown_delay: float = 0.0
     #: other processes may listen on the same ports
     reuse_port: bool = False
+    tracing: TracingConfig | None = None

@@ -39,6 +39,7 @@ from strictproxy.config.model import (
     RouterConfig,
     Source,
     StaticSource,
+    TracingConfig,
     UpstreamConfig,
 )
 from strictproxy.config.reader import Document, Section, Wrong
@@ -115,6 +116,7 @@ def _config(top: Section) -> Config:
         log=top.take("log", reader.section(_log), LogConfig()),
         drain_timeout=top.take("drain_timeout", reader.duration, Config.drain_timeout),
         shutdown_delay=top.take("shutdown_delay", reader.or_off(reader.duration), None) or 0.0,
+        tracing=top.take("tracing", reader.section(_tracing), None),
         reuse_port=top.take("reuse_port", reader.boolean, Config.reuse_port),
     )
     if not top.failed:
@@ -439,6 +441,14 @@ def _log(part: Section) -> LogConfig:
         ),
         access_sample=part.take("access_sample", kinds.share, default.access_sample),
         file=part.take("file", reader.text, default.file),
+    )
+
+
+def _tracing(part: Section) -> TracingConfig:
+    return TracingConfig(
+        endpoint=part.take("endpoint", kinds.url),
+        sample=part.take("sample", kinds.share, TracingConfig.sample),
+        service=part.take("service", reader.text, TracingConfig.service),
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -27,9 +27,6 @@ from strictproxy.discovery.stability import Stability, Verdict
 from strictproxy.interfaces import DiscoveryState, Endpoint, IDiscovery, Publish
 
 _log = Logger()
-
-#: Looks are put off by up to this part of their interval, so that replicas do not ask in step.
-_JITTER = 0.25
 
 
 class Source(Protocol):
@@ -44,7 +41,8 @@ class DnsDiscovery:
     """
     Publishes the stable pods of one name.
 
-    :param random: from 0 to 1, for what should not happen in step elsewhere.
+    :param random: from 0 to 1; decides when, within the interval, the looks
+        after the first one are, so that replicas do not ask in step.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class DnsDiscovery:
         self._random = random
         self._stability = Stability(config.lookups)
         self._publish: Publish | None = None
-        self._watch = LoopingCall(lambda: Deferred.fromCoroutine(self._look_later()))
+        self._watch = LoopingCall(lambda: Deferred.fromCoroutine(self._look()))
         self._watch.clock = clock
         self._confirm = LoopingCall(lambda: Deferred.fromCoroutine(self._look_again()))
         self._confirm.clock = clock
@@ -68,6 +66,8 @@ class DnsDiscovery:
         self._outcomes: Counter[str] = Counter({each.value: 0 for each in Outcome})
         #: what is awaited now, and ends with us
         self._pending: Deferred[None] | Deferred[tuple[Outcome, Collection[Endpoint]]] | None = None
+        #: until the looks after the first one begin
+        self._phase: IDelayedCall | None = None
         self._looking = False
         #: when the last look began
         self._looked = float("-inf")
@@ -78,11 +78,21 @@ class DnsDiscovery:
         """Begin to look."""
         self._publish = publish
         self._answered_at = self._clock.seconds()
+        Deferred.fromCoroutine(self._look()).addErrback(_log_failure)
+        self._phase = self._clock.callLater(
+            max(self._random(), 0.001) * self._config.every, self._begin
+        )
+
+    def _begin(self) -> None:
+        self._phase = None
         self._watch.start(self._config.every).addErrback(_log_failure)
 
     def stop(self) -> None:
         """Stop looking."""
         self._publish = None
+        if self._phase is not None:
+            self._phase.cancel()
+            self._phase = None
         for loop in (self._confirm, self._watch):
             if loop.running:
                 loop.stop()
@@ -101,12 +111,6 @@ class DnsDiscovery:
     def state(self) -> DiscoveryState:
         """Return a snapshot of what is believed and what is being looked into."""
         return replace(self._stability.state(), lookups=dict(self._outcomes))
-
-    async def _look_later(self) -> None:
-        """Look, but not in step with others; the first time at once."""
-        if self._outcomes.total():
-            await self._wait(self._random() * _JITTER * self._config.every)
-        await self._look()
 
     async def _look(self) -> None:
         """Look, and go on until the answer is what is in force, or cannot be had."""

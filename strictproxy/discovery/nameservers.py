@@ -1,9 +1,10 @@
 """
 One question to one name server: over UDP, and over TCP where that was not enough.
 
-Each question leaves from a port of its own that takes datagrams from the server
-alone (RFC 5452), and says by EDNS (RFC 6891) that an answer may be longer than
-512 bytes: 75 pods instead of 28 without the way over TCP.
+Questions leave from a random port that takes datagrams from the server alone and
+is left for another after some time (RFC 5452), and say by EDNS (RFC 6891) that an
+answer may be longer than 512 bytes: 75 pods instead of 28 without the way over
+TCP.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from strictproxy.discovery.resolv_conf import Server
 
 #: What passes every network without being cut into fragments (DNS flag day 2020).
 _UDP_SIZE = 1232
+#: Questions that leave from one port; a new one for each costs more than the answers do.
+_PER_PORT = 100
 
 _REFUSALS = {
     dns.ESERVER: (Outcome.SERVFAIL, "the server failed"),
@@ -35,7 +38,7 @@ _REFUSALS = {
 
 class NameServers:
     """
-    Asks name servers. Remembers which of them do not know EDNS.
+    Asks name servers. Remembers which of them do not know EDNS. `stop` closes its ports.
 
     :param reactor: provides time, UDP and TCP.
     """
@@ -43,6 +46,13 @@ class NameServers:
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
         self._without_edns: set[Server] = set()
+        self._ports: dict[tuple[Server, bool], _Datagrams] = {}
+
+    def stop(self) -> None:
+        """Close every port; questions that are open stay without an answer."""
+        ports, self._ports = list(self._ports.values()), {}
+        for port in ports:
+            port.close()
 
     async def ask(
         self, server: Server, name: str, kind: int, timeout: float, *, edns: bool = True
@@ -68,17 +78,35 @@ class NameServers:
     async def _over_udp(
         self, server: Server, query: dns.Query, timeout: float, edns: bool
     ) -> dns.Message:
-        protocol = _Datagrams(server, edns, self._reactor)
+        key = (server, edns)
+        port = self._ports.get(key)
+        if port is not None and port.asked >= _PER_PORT:
+            self._leave(key)
+            port = None
+        if port is None:
+            port = self._ports[key] = _Datagrams(server, edns, self._reactor)
+        port.asked += 1
+        asked: Deferred[dns.Message] | None = None
         try:
-            return await protocol.query(server, [query], timeout)
+            asked = port.query(server, [query], timeout)
+            return await asked
         except DNSQueryTimeoutError:
+            # Another port may take another way.
+            self._leave(key)
             raise LookupFailed(Outcome.TIMEOUT, f"{_shown(server)}: no answer") from None
         except error.ConnectionRefusedError:
             raise LookupFailed(Outcome.ERROR, f"{_shown(server)}: nobody listens") from None
         except OSError as problem:
             raise LookupFailed(Outcome.ERROR, f"{_shown(server)}: {problem}") from None
         finally:
-            protocol.close()
+            port.forget(asked)
+            if self._ports.get(key) is not port:
+                port.close_if_idle()
+
+    def _leave(self, key: tuple[Server, bool]) -> None:
+        port = self._ports.pop(key, None)
+        if port is not None:
+            port.close_if_idle()
 
     async def _over_tcp(self, server: Server, query: dns.Query, timeout: float) -> dns.Message:
         kind = TCP6ClientEndpoint if _is_v6(server) else TCP4ClientEndpoint
@@ -145,10 +173,14 @@ def _give_up(
 
 
 class _Datagrams(dns.DNSDatagramProtocol):
-    """A UDP port for one question."""
+    """A UDP port for questions to one server. It opens by itself, whenever there is a question."""
+
+    noisy = False
 
     def __init__(self, server: Server, edns: bool, reactor: Any) -> None:
         super().__init__(_Controller(), reactor)
+        #: how many questions have left from here
+        self.asked = 0
         self._server = server
         self._edns = edns
 
@@ -172,6 +204,19 @@ class _Datagrams(dns.DNSDatagramProtocol):
         """Fail at once, if it was not us: epoll reports a refusal as the end of the port."""
         _give_up(self, error.ConnectionRefusedError())
         super().stopProtocol()
+
+    def forget(self, asked: Deferred[dns.Message] | None) -> None:
+        """Wait no longer for the answer to a question."""
+        live: dict[int, tuple[Deferred[dns.Message], Any]] = self.liveMessages or {}
+        for number, (waiting, timer) in list(live.items()):
+            if waiting is asked:
+                timer.cancel()
+                del live[number]
+
+    def close_if_idle(self) -> None:
+        """Close the port, unless there are questions that wait for their answers."""
+        if not self.liveMessages:
+            self.close()
 
     def close(self) -> None:
         """Close the port."""
