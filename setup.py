@@ -49,6 +49,7 @@ setup(
             "mypy-zope>=1.0.9,<2",
             "ruff>=0.8,<1",
             "schemathesis>=4,<5",
+            "starlette>=0.40,<2",
             "selenium>=4.25,<5",
             "towncrier>=24.8",
             "trustme>=1.2,<2",

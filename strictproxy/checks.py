@@ -11,16 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import treq
-from treq.client import HTTPClient
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime, IStreamClientEndpoint
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
-from twisted.web.client import Agent, HTTPConnectionPool
-from twisted.web.iweb import IAgentEndpointFactory
-from zope.interface import implementer
 
+from strictproxy.asking import ask, reason_of
 from strictproxy.config.model import CheckConfig
 from strictproxy.http.pool import EndpointFor
 from strictproxy.scheduling import Address
@@ -29,7 +25,6 @@ from strictproxy.scheduling import Address
 _JITTER = 0.1
 #: What is looked at of an answer's body.
 _MAX_BODY = 64 * 1024
-_HEADERS: dict[bytes | str, bytes | str] = {"User-Agent": "strictproxy-check"}
 
 
 class CheckFailed(Exception):
@@ -90,26 +85,17 @@ class Checker:
             transport: Any = connection.transport  # type: ignore[attr-defined]
             transport.abortConnection()
             return
-        pool = HTTPConnectionPool(self.clock, persistent=False)
-        factory = _Endpoints(lambda: self._endpoint_for(target, config.timeout))
-        client = HTTPClient(Agent.usingEndpointFactory(self.clock, factory, pool))
-        response = await client.get(
-            f"http://{target}{config.path}",
-            headers=_HEADERS,
-            allow_redirects=False,
-            unbuffered=True,
+        answer = await ask(
+            target,
+            config.path,
+            lambda: self._endpoint_for(target, config.timeout),
+            self.clock,
+            agent="strictproxy-check",
+            max_body=_MAX_BODY,
         )
-        body = bytearray()
-
-        def collect(data: bytes) -> None:
-            body.extend(data)
-            if len(body) > _MAX_BODY:
-                raise CheckFailed(f"its answer is longer than {_MAX_BODY} bytes")
-
-        await treq.collect(response, collect)
-        if response.code not in config.statuses:
-            raise CheckFailed(f"it answered with {response.code}")
-        if config.body is not None and config.body.encode() not in body:
+        if answer.status not in config.statuses:
+            raise CheckFailed(f"it answered with {answer.status}")
+        if config.body is not None and config.body.encode() not in answer.body:
             raise CheckFailed(f"its answer does not contain {config.body!r}")
 
 
@@ -160,10 +146,7 @@ class _Check:
         self._row = min(self._row, 0) - 1
         self._next()
         if -self._row >= self._checker.config.fall:
-            # What Twisted's client wraps into a list is one failure here.
-            reasons = getattr(failure.value, "reasons", None)
-            failure = reasons[0] if reasons else failure
-            reason = failure.getErrorMessage() or type(failure.value).__name__
+            reason = reason_of(failure)
             if self._timed_out:
                 reason = f"no answer in {self._checker.config.timeout:g} s"
             self._checker.failed(self._address, f"its check failed: {reason}")
@@ -183,15 +166,3 @@ def _cancel(result: object, timer: IDelayedCall) -> object:
 
 class _Connection(Protocol):
     """A connection that only has to come about."""
-
-
-@implementer(IAgentEndpointFactory)
-class _Endpoints:
-    """Connects to one pod, whatever the URL."""
-
-    def __init__(self, make: Callable[[], IStreamClientEndpoint]) -> None:
-        self._make = make
-
-    def endpointForURI(self, uri: Any) -> IStreamClientEndpoint:
-        """Return the pod's endpoint."""
-        return self._make()

@@ -138,6 +138,22 @@ class ShuttingDown(ProxyError):
     title = "The proxy is shutting down"
 
 
+class UnknownTask(ProxyError):
+    """The path names a task that nobody knows."""
+
+    status = 404
+    reason = "unknown_task"
+    title = "There is no such task"
+
+
+class TaskGone(ProxyError):
+    """The pod that had the task is gone, or does not know it any more."""
+
+    status = 410
+    reason = "task_gone"
+    title = "The task is lost"
+
+
 class Cancelled(ProxyError):
     """An operator ended the request."""
 

@@ -26,6 +26,7 @@ from strictproxy.errors import (
     PodsExhausted,
     ProxyError,
     SpoolFailed,
+    TaskGone,
 )
 from strictproxy.forwarding import Forwarding, request_id
 from strictproxy.http.heads import Field, RequestHead, ResponseHead
@@ -38,6 +39,7 @@ from strictproxy.interfaces import RequestInfo
 from strictproxy.logs import AccessRecord
 from strictproxy.metrics import Counters
 from strictproxy.scheduling import Address, Lease
+from strictproxy.tasks.tracked import MAX_ANSWER, Submission, TrackedTask, TrackedTasks
 from strictproxy.tracing import Tracing
 from strictproxy.upload import Upload
 from strictproxy.upstream import Upstream
@@ -56,6 +58,10 @@ class ExchangeOwner(Protocol):
     log_access: Callable[[AccessRecord], None] | None
     counters: Counters
     tracing: Tracing | None
+    tasks: TrackedTasks
+
+    def forwarding_about(self, route: RouteConfig) -> Forwarding:
+        """Return how calls about the tasks of a route are forwarded."""
 
     def next_number(self) -> int:
         """Return a number that no exchange has had."""
@@ -88,6 +94,8 @@ class Exchange:
 
     __slots__ = (
         "_allowed",
+        "_answer",
+        "_collected",
         "_connecting",
         "_connection",
         "_ended_half",
@@ -98,6 +106,7 @@ class Exchange:
         "_proxy",
         "_request",
         "_started",
+        "_task",
         "_trace",
         "_tunnel",
         "_upload",
@@ -136,6 +145,11 @@ class Exchange:
         self._connecting: Deferred[PodConnection] | None = None
         self._connection: PodConnection | None = None
         self._lease: Lease | None = None
+        #: the head of the pod's answer, and its body, where a task is to be looked for
+        self._answer: ResponseHead | None = None
+        self._collected: bytearray | None = None
+        #: the task that the request is about
+        self._task: TrackedTask | None = None
         #: an upgrade has taken place; which side has closed its half
         self._tunnel = False
         self._ended_half: str | None = None
@@ -154,6 +168,11 @@ class Exchange:
         return None if self._forwarding is None else self._forwarding.route
 
     @property
+    def task_id(self) -> str | None:
+        """Nothing: a task is somebody else's business, once there is one."""
+        return None
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes of the body that are kept while it waits."""
         return self._request.read_ahead
@@ -166,6 +185,10 @@ class Exchange:
         request.handler = self
         try:
             info = request_info(request.head, self.client)
+            task = self._proxy.tasks.find(info.path)
+            if task is not None:
+                self._start_related(task)
+                return
             self._forwarding, pods = self._proxy.choose(info)
             route = self._forwarding.route
             if route.max_body is not None:
@@ -188,6 +211,16 @@ class Exchange:
             self._fail(error)
         except Exception:
             self._broken(Failure())
+
+    def _start_related(self, task: TrackedTask) -> None:
+        """Go to the pod that owns a task; that takes no slot, and waits for nobody."""
+        self._task = task
+        self._forwarding = self._proxy.forwarding_about(task.route)
+        self._proxy.begin(self, task.route)
+        self.upstream, self.pod = task.upstream, task.address
+        self._upload = Upload(self._request, None, self._keep, self._broken)
+        self.granted = self._proxy.now()
+        self._reach(task.upstream, task.address)
 
     def _not_stored(self, failure: Failure) -> None:
         # What else the client sends is of no use to anybody.
@@ -229,14 +262,17 @@ class Exchange:
         self.pod = lease.address
         upstream = self.upstream
         assert upstream is not None
-        connection = upstream.pool.take(lease.address)
+        self._reach(upstream, lease.address)
+
+    def _reach(self, upstream: Upstream, address: Address) -> None:
+        connection = upstream.pool.take(address)
         if connection is not None:
             self._forward(connection)
         else:
-            self._connect(upstream, lease)
+            self._connect(upstream, address)
 
-    def _connect(self, upstream: Upstream, lease: Lease) -> None:
-        connecting = self._connecting = upstream.pool.connect(lease.address)
+    def _connect(self, upstream: Upstream, address: Address) -> None:
+        connecting = self._connecting = upstream.pool.connect(address)
         connecting.addCallbacks(self._connected, self._not_connected)
         connecting.addErrback(self._broken)
 
@@ -253,6 +289,10 @@ class Exchange:
         """Move to another pod: this one has not seen the request."""
         self._connecting = None
         lease, upstream = self._lease, self.upstream
+        if self._task is not None and not self._finished:
+            self.tries += 1
+            self._fail(TaskGone(f"{self._task}: {failure.getErrorMessage()}"))
+            return
         if self._finished or lease is None or upstream is None:
             return
         self.tries += 1
@@ -285,6 +325,9 @@ class Exchange:
         pod = str(self.pod)
         traceparent = None if self._trace is None else self._trace.sent(pod)
         out = forwarding.request_head(head, self.peer, pod, self.identity, traceparent)
+        if self._task is None and forwarding.callback_header is not None:
+            url = self._proxy.tasks.callback_url(forwarding.route, self.number)
+            out.insert(-1, b"%b: %b\r\n" % (forwarding.callback_header, (url or "").encode()))
         out.append(body)
         connection.begin(self, head.method, b"".join(out), ended)
         if not ended:
@@ -326,6 +369,8 @@ class Exchange:
         self.error = self.error or ClientGone("the client closed its connection")
         route = self.route
         finish = route is not None and route.on_client_disconnect is OnDisconnect.FINISH
+        if route is not None and route.task is not None and self._task is None:
+            finish = True  # the pod may have taken the job: its slot is not free
         if self._connection is None or self._tunnel or not self._request.body_ended:
             finish = False  # there is nothing that the pod could finish
         if finish and self._connection is not None:
@@ -345,6 +390,9 @@ class Exchange:
         """Pass the head on, with the first of the body."""
         if self._upload is not None:
             self._upload.answered()
+        if self._looks_for_tasks():
+            self._answer = head
+            self._collected = bytearray(data)
         if ended:
             self._connection = None
             self._release_lease()
@@ -388,6 +436,8 @@ class Exchange:
 
     def _splice_response(self) -> None:
         """Take large bodies out of Python's hands, where that is possible."""
+        if self._collected is not None:
+            return
         dest = self._request.transport
         if dest is not None and self._connection is not None:
             self._connection.splice_to(dest, self._count)
@@ -403,6 +453,7 @@ class Exchange:
 
     def pod_data(self, data: bytes) -> None:
         """Pass body bytes on to the client."""
+        self._collect(data)
         self._request.send(data)
         if not self._tunnel:
             self._splice_response()
@@ -410,12 +461,35 @@ class Exchange:
     def pod_end(self, data: bytes, trailers: list[Field]) -> None:
         """Pass the last of the body on; whoever waits for the slot has it before that."""
         self._connection = None
+        self._collect(data)
         self._release_lease()
         if self._tunnel:
             self._request.close()
         else:
             self._request.end(data, trailers)
         self._finish()
+
+    def _looks_for_tasks(self) -> bool:
+        route = self.route
+        return route is not None and route.task is not None
+
+    def _collect(self, data: bytes) -> None:
+        if self._collected is not None:
+            self._collected += data
+            if len(self._collected) > MAX_ANSWER:
+                self._collected = None
+
+    def _found_task(self, lease: Lease) -> bool:
+        """Let a task keep the lease, if the pod's answer says that there is one."""
+        head, route, upstream = self._answer, self.route, self.upstream
+        if head is None or self._collected is None or self._connection is not None:
+            return False
+        assert route is not None
+        assert upstream is not None
+        what = Submission(
+            self.number, self.client, self.identity, head.status, head.get, bytes(self._collected)
+        )
+        return self._proxy.tasks.submitted(route, upstream, lease, what)
 
     def pod_upgraded(self, head: ResponseHead, data: bytes) -> None:
         """Carry bytes both ways from now on, if that is what the client asked for."""
@@ -459,7 +533,7 @@ class Exchange:
         upload.detach()
         method = self._request.head.method.decode("latin-1")
         if error.retry_elsewhere:
-            self._connect(upstream, lease)
+            self._connect(upstream, lease.address)
         elif method in route.retry and self.tries < _MAX_TRIES and not self.client_left:
             self._lease = None
             try:
@@ -523,7 +597,9 @@ class Exchange:
 
     def _release_lease(self) -> None:
         lease, self._lease = self._lease, None
-        if lease is not None and self.upstream is not None:
+        if lease is None or self.upstream is None:
+            return
+        if self._answer is None or not self._found_task(lease):
             self.upstream.release(lease)
 
     def _finish(self) -> None:
@@ -532,6 +608,9 @@ class Exchange:
         self._finished = True
         self._release()
         self._proxy.ended(self)
+        if self._task is not None and self._answer is not None and self._collected is not None:
+            path = self._request.head.target.partition(b"?")[0].decode("latin-1")
+            self._task.heard(path, self._answer.status, bytes(self._collected))
         now, granted, route = self._proxy.now(), self.granted, self.route
         counters = self._proxy.counters
         (counters.unrouted if route is None else counters.of(route.name)).ended(

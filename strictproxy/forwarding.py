@@ -70,6 +70,11 @@ class Forwarding:
         self._request = _Edits(route.request_headers)
         self._response = _Edits(route.response_headers)
         self._server_timing = server_timing
+        #: brings the pod the URL to call when a task is done
+        self.callback_header: bytes | None = None
+        if route.task is not None and route.task.callback is not None:
+            self.callback_header = route.task.callback.header.encode("latin-1")
+            self._request.dropped |= {self.callback_header.lower()}
 
     def request_head(
         self,

@@ -62,13 +62,24 @@ class Histogram:
 class RouteCounters:
     """What is counted about the requests of one route."""
 
-    __slots__ = ("outcomes", "pod_time", "retried", "route", "upstream", "waited", "withdrawn")
+    __slots__ = (
+        "outcomes",
+        "pod_time",
+        "retried",
+        "route",
+        "tasks",
+        "upstream",
+        "waited",
+        "withdrawn",
+    )
 
     def __init__(self, route: str, upstream: str) -> None:
         self.route = route
         self.upstream = upstream
         #: by status, and by the reason if the proxy itself answered
         self.outcomes: dict[tuple[int, str | None], int] = {}
+        #: tasks that have ended, by how
+        self.tasks: dict[str, int] = {}
         self.waited = Histogram()
         self.pod_time = Histogram()
         #: times that a request was given to another pod, or connection
@@ -198,7 +209,13 @@ class ProxyCollector(Collector):
             pod_time.add_metric(names, each.pod_time.buckets(), each.pod_time.total)
             retried.add_metric(names, each.retried)
             withdrawn.add_metric(names, each.withdrawn)
-        yield from (requests, waited, pod_time, retried, withdrawn)
+        tasks = CounterMetricFamily(
+            "strictproxy_tasks_ended", "Tasks by how they ended.", labels=[*labels, "outcome"]
+        )
+        for each in self._counters:
+            for outcome, count in each.tasks.items():
+                tasks.add_metric([each.upstream, each.route, outcome], count)
+        yield from (requests, waited, pod_time, retried, withdrawn, tasks)
 
     def _of_process(self) -> Iterator[Metric]:
         figures = self._process()

@@ -9,8 +9,10 @@ in `strictproxy.exchange`.
 from __future__ import annotations
 
 import itertools
+import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -26,6 +28,7 @@ from strictproxy.errors import (
 )
 from strictproxy.exchange import Exchange
 from strictproxy.forwarding import Forwarding
+from strictproxy.http.reply import Reply
 from strictproxy.http.request import ClientRequest
 from strictproxy.http.spool import Spool
 from strictproxy.http.timeouts import Timeouts
@@ -34,10 +37,13 @@ from strictproxy.logs import AccessRecord
 from strictproxy.metrics import Counters
 from strictproxy.routing import RouteTable
 from strictproxy.scheduling import Address
+from strictproxy.tasks.tracked import CALLBACK_PATH, TrackedTask, TrackedTasks
 from strictproxy.tracing import Tracing
 from strictproxy.upstream import Upstream
 
 _log = Logger()
+
+_CALLBACK = CALLBACK_PATH.encode()
 
 #: So many of the errors that clients got are kept, for people to see.
 _ERRORS = 20
@@ -67,6 +73,8 @@ class ProxyResource(Resource):
         self.counters = Counters()
         #: makes spans, if somebody wants them
         self.tracing: Tracing | None = None
+        self.tasks = TrackedTasks(clock, random.random)
+        self.tasks.on_end = self._task_ended
         self.next_number = itertools.count(1).__next__
         #: the errors that clients got last: time, reason, route, pod
         self.errors: deque[tuple[float, str, str, str | None]] = deque(maxlen=_ERRORS)
@@ -90,6 +98,7 @@ class ProxyResource(Resource):
         self.routers = routers
         self.log_access = log_access
         self._table = RouteTable(routes)
+        self.tasks.configure(routes)
         # A request that a custom router sends past the routes has none of its own.
         self._bare_routes = {
             name: RouteConfig(f"router:{name}", Match(), name) for name in upstreams
@@ -109,8 +118,22 @@ class ProxyResource(Resource):
             if timeout is not None or name in self._timeouts:
                 self._timeouts.setdefault(name, Timeouts(timeout)).seconds = timeout
 
+    def _task_ended(self, task: TrackedTask) -> None:
+        counters = self.counters.of(task.route.name)
+        counters.tasks[task.state.value] = counters.tasks.get(task.state.value, 0) + 1
+
+    def forwarding_about(self, route: RouteConfig) -> Forwarding:
+        """Return how calls about the tasks of a route are forwarded: as they are."""
+        bare = replace(route, replace_prefix=None, match=Match())
+        return Forwarding(bare, server_timing=self._client.server_timing)
+
     def render(self, request: ClientRequest) -> int:
         """Take a request; the answer comes when it comes."""
+        if request.head.target.startswith(_CALLBACK):
+            path = request.head.target.partition(b"?")[0].decode("latin-1")
+            known = self.tasks.called_back(path, self._is_running)
+            Reply(request, 204 if known else 404)
+            return NOT_DONE_YET
         Exchange(self, request).start()
         return NOT_DONE_YET
 
@@ -125,11 +148,15 @@ class ProxyResource(Resource):
             if exchange.number == number:
                 exchange.abandon(error)
                 return True
-        return False
+        return self.tasks.cancel(number, error)
+
+    def _is_running(self, number: int) -> bool:
+        return any(exchange.number == number for exchange in self.running)
 
     def uses(self, upstream: Upstream) -> bool:
         """Whether an exchange that has not finished is on an upstream."""
-        return any(exchange.upstream is upstream for exchange in self.running)
+        running = any(exchange.upstream is upstream for exchange in self.running)
+        return running or self.tasks.uses(upstream)
 
     def begin(self, exchange: Exchange, route: RouteConfig) -> None:
         """Take note of an exchange whose route has been found."""
@@ -141,6 +168,7 @@ class ProxyResource(Resource):
     def ended(self, exchange: Exchange) -> None:
         """Forget an exchange."""
         self.running.discard(exchange)
+        self.tasks.forget_early(exchange.number)
         error, pod = exchange.error, exchange.pod
         if error is not None and not exchange.client_left:
             route = "" if exchange.route is None else exchange.route.name
@@ -151,6 +179,7 @@ class ProxyResource(Resource):
     def sweep(self) -> None:
         """End the exchanges that have taken too long; to be called now and then."""
         now = self.now()
+        self.tasks.sweep()
         for name, timeouts in self._timeouts.items():
             for exchange in timeouts.expire(now):
                 exchange.abandon(ExchangeTimeout(f"route {name} allows {timeouts.seconds:g} s"))

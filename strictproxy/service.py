@@ -444,6 +444,7 @@ class ProxyService(Service):
         await self._drained()
         for exchange in list(self.proxy.running):
             exchange.abandon(ShuttingDown("the proxy is shutting down"))
+        self.proxy.tasks.stop()
         self._events.stop()
         await self._listeners.close()
         for upstream in (*self.upstreams.values(), *self._retired):
@@ -466,9 +467,14 @@ class ProxyService(Service):
     async def _drained(self) -> None:
         """Wait until nothing runs or waits, at most `drain_timeout`."""
         deadline = self._reactor.seconds() + self.config.drain_timeout
-        if self.proxy.running:
-            _log.info("draining {count} requests", count=len(self.proxy.running))
-        while self.proxy.running and self._reactor.seconds() < deadline:
+        proxy = self.proxy
+        if proxy.running or len(proxy.tasks):
+            _log.info(
+                "draining {count} requests and {tasks} tasks",
+                count=len(proxy.running),
+                tasks=len(proxy.tasks),
+            )
+        while (proxy.running or len(proxy.tasks)) and self._reactor.seconds() < deadline:
             await deferLater(self._reactor, 0.05)
 
     # -- what operators may do; see `strictproxy.admin.api.Control`

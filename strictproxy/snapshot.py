@@ -70,6 +70,8 @@ class RequestSnapshot:
     pod: Address | None
     #: seconds since it came, or since it has its slot
     age: float
+    #: if it is a task
+    task_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,10 @@ class LeaseOwner(Protocol):
     identity: bytes
 
     @property
+    def task_id(self) -> str | None:
+        """The id of the task that it is, if it is one."""
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes that are kept while it waits."""
 
@@ -537,4 +541,6 @@ class Upstream:
 def _request(ticket: Ticket, pod: Address | None, age: float) -> RequestSnapshot:
     owner = cast("LeaseOwner", ticket.owner)
     identity = owner.identity.decode("ascii", "replace")
-    return RequestSnapshot(owner.number, ticket.route, owner.client, identity, pod, age)
+    return RequestSnapshot(
+        owner.number, ticket.route, owner.client, identity, pod, age, owner.task_id
+    )

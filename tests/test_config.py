@@ -30,6 +30,12 @@ from strictproxy.config.model import (
     ListenConfig,
     ListenTls,
     PodTls,
+    TaskCallback,
+    TaskConfig,
+    TaskDone,
+    TaskId,
+    TaskPoll,
+    TracingConfig,
 )
 from strictproxy.config.units import parse_duration, parse_size
 from strictproxy.errors import ConfigError
@@ -49,6 +55,10 @@ def upstream(body: str) -> str:
 
 def routes(*lines: str) -> str:
     return TOP + "routes:\n" + "".join(f"  - {line}\n" for line in lines)
+
+
+def task(body: str) -> str:
+    return TOP + f"routes:\n  - {{path: /a, upstream: u, task: {body}}}\n"
 
 
 #: (name, file, exactly what is printed)
@@ -274,6 +284,42 @@ BROKEN: list[tuple[str, str, str]] = [
         "check with a status that is none",
         upstream("{static: a:1, check: {http: /, status: 600}}"),
         "f:3:45: upstreams.u.check.status: must be from 200 to 599, not 600",
+    ),
+    (
+        "task without id",
+        task("{poll: {path: '/s/{id}'}, done: {status: 200}}"),
+        "f:5:35: routes[0].task: 'id' is missing",
+    ),
+    (
+        "task with two ids",
+        task("{id: {json: /a, location: true}, done: {status: 200}}"),
+        "f:5:40: routes[0].task.id: needs one of 'json', 'header' and 'location'",
+    ),
+    (
+        "task that nobody knows to be done",
+        task("{id: {json: /a}}"),
+        "f:5:35: routes[0].task: nothing says when a task is done: 'poll', 'callback' or 'done'",
+    ),
+    (
+        "poll without done",
+        task("{id: {json: /a}, poll: {path: '/s/{id}'}}"),
+        "f:5:52: routes[0].task.poll: needs 'done', to know what the answer means",
+    ),
+    (
+        "done by two rules, one of them by halves",
+        task("{id: {json: /a}, done: {json: /s, status: 200}}"),
+        "f:5:58: routes[0].task.done: 'json' and 'in' go together\n"
+        "f:5:58: routes[0].task.done: needs either 'json' with 'in', or 'status'",
+    ),
+    (
+        "pointer that is none",
+        task("{id: {json: task}, done: {status: 200}}"),
+        "f:5:47: routes[0].task.id.json: 'task' is not a JSON Pointer such as /task/id",
+    ),
+    (
+        "task path without id",
+        task("{id: {json: /a}, done: {status: 200}, related: [/status]}"),
+        "f:5:83: routes[0].task.related[0]: must have {id} in it, once",
     ),
     (
         "name server by name",
@@ -668,6 +714,37 @@ routes:
         """An endpoint, or one with who may use it."""
         config = parse(TOP + ROUTE + "admin: {endpoint: tcp:1, token_file: /t, open: true}\n", "f")
         self.assertEqual(config.admin, AdminConfig("tcp:1", "/t", True))
+
+    def test_tracing(self) -> None:
+        """Where spans go, how many, and by which name."""
+        more = "tracing: {endpoint: 'http://c:4318/v1/traces', sample: 5%, service: s}\n"
+        tracing = parse(TOP + ROUTE + more, "f").tracing
+        self.assertEqual(tracing, TracingConfig("http://c:4318/v1/traces", 0.05, "s"))
+
+    def test_task(self) -> None:
+        """Everything that a task can say."""
+        for written, expected in (
+            (
+                "{id: {json: /task_id}, poll: {path: '/s/{id}', every: 200ms, timeout: 1s},"
+                " done: {json: /state, in: [finished, 3, true]}, related: ['/s/{id}', '/r/{id}'],"
+                " callback: {header: X-Done, base: 'http://proxy'}, limit_time: 1h, keep: 1d}",
+                TaskConfig(
+                    TaskId(json="/task_id"),
+                    TaskDone("/state", frozenset({"finished", "3", "true"})),
+                    TaskPoll("/s/{id}", 0.2, 1.0),
+                    ("/s/{id}", "/r/{id}"),
+                    TaskCallback("X-Done", "http://proxy"),
+                    3600.0,
+                    86400.0,
+                ),
+            ),
+            (
+                "{id: {location: true}, done: {status: [200, 410]}}",
+                TaskConfig(TaskId(location=True), TaskDone(statuses=frozenset({200, 410}))),
+            ),
+        ):
+            (route,) = parse(task(written), "f").routes
+            self.assertEqual(route.task, expected)
 
     def test_check(self) -> None:
         """Everything that a check can say."""

@@ -48,6 +48,7 @@ def request_documents(requests: Iterable[RequestSnapshot]) -> list[dict[str, Any
             "client": each.client,
             "request_id": each.request_id,
             "age": round(each.age, 3),
+            **({} if each.task_id is None else {"task": each.task_id}),
             **({"position": position} if each.pod is None else {"pod": str(each.pod)}),
         }
         for position, each in enumerate(requests, 1)

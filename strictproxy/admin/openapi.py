@@ -81,8 +81,9 @@ _REQUEST = _object(
         "age": _NUMBER,
         "pod": _TEXT,
         "position": _COUNT,
+        "task": _TEXT,
     },
-    optional=("pod", "position"),
+    optional=("pod", "position", "task"),
 )
 _DETAIL = _object({**_UPSTREAM["properties"], "requests": _list(_REQUEST), "line": _list(_REQUEST)})
 _AUTOSCALING = _object(

@@ -213,6 +213,28 @@ def url(document: Document, node: yaml.Node, path: str) -> str:
     return written
 
 
+def any_text(document: Document, node: yaml.Node, path: str) -> str:
+    """A single value, as it is written."""
+    _, written = document.scalar(node)
+    return written
+
+
+def json_pointer(document: Document, node: yaml.Node, path: str) -> str:
+    """A JSON Pointer (RFC 6901)."""
+    written = reader.text(document, node, path)
+    if not re.fullmatch(r"(/([^~/]|~[01])*)+", written):
+        raise Wrong(f"{written!r} is not a JSON Pointer such as /task/id")
+    return written
+
+
+def task_path(document: Document, node: yaml.Node, path: str) -> str:
+    """A path that names a task by `{id}`."""
+    written = url_path(document, node, path)
+    if written.count("{id}") != 1:
+        raise Wrong("must have {id} in it, once")
+    return written
+
+
 def url_path(document: Document, node: yaml.Node, path: str) -> str:
     """A path that starts with a slash and has no query."""
     written = reader.text(document, node, path)

@@ -243,6 +243,62 @@ class Match:
 
 
 @dataclass(frozen=True)
+class TaskId:
+    """Where the answer to a submit call has the task's id; exactly one of these."""
+
+    #: JSON Pointer into the body (RFC 6901)
+    json: str | None = None
+    header: str | None = None
+    #: the last part of the Location's path
+    location: bool = False
+
+
+@dataclass(frozen=True)
+class TaskDone:
+    """What says that a task is done: a value in the body, or a status."""
+
+    json: str | None = None
+    values: frozenset[str] = frozenset()
+    statuses: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class TaskPoll:
+    """How a pod is asked about a task."""
+
+    #: with `{id}` in it
+    path: str
+    every: float = 2.0
+    timeout: float = 5.0
+
+
+@dataclass(frozen=True)
+class TaskCallback:
+    """How a pod tells by itself that a task is done."""
+
+    #: request header that brings the pod the URL to call
+    header: str
+    #: how pods reach this proxy
+    base: str
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A route whose requests submit asynchronous jobs."""
+
+    id: TaskId
+    done: TaskDone | None = None
+    poll: TaskPoll | None = None
+    #: paths with `{id}` that go to the pod that owns the task, without a slot
+    related: tuple[str, ...] = ()
+    callback: TaskCallback | None = None
+    #: a slot is held so long at most
+    limit_time: float = 6 * 3600.0
+    #: what is done is remembered so long, for related calls
+    keep: float = 24 * 3600.0
+
+
+@dataclass(frozen=True)
 class RouteConfig:
     """What matches a request, and what is done with it."""
 
@@ -264,6 +320,7 @@ class RouteConfig:
     retry: frozenset[str] = frozenset()
     #: the whole exchange, waiting included
     timeout: float | None = None
+    task: TaskConfig | None = None
 
 
 #: Networks inside which addresses are private: those of a cluster, in practice.

@@ -39,6 +39,11 @@ from strictproxy.config.model import (
     RouterConfig,
     Source,
     StaticSource,
+    TaskCallback,
+    TaskConfig,
+    TaskDone,
+    TaskId,
+    TaskPoll,
     TracingConfig,
     UpstreamConfig,
 )
@@ -370,6 +375,64 @@ def _route_config(part: Section) -> RouteConfig:
         failures=frozenset(part.take("failures", reader.one_or_more(kinds.status), ())),
         retry=frozenset(part.take("retry", reader.one_or_more(kinds.method), ())),
         timeout=part.take("timeout", reader.duration, None),
+        task=part.take("task", reader.section(_task), None),
+    )
+
+
+def _task(part: Section) -> TaskConfig:
+    default = TaskConfig(TaskId())
+    done = part.take("done", reader.section(_task_done), None)
+    poll = part.take("poll", reader.section(_task_poll), None)
+    callback = part.take("callback", reader.section(_task_callback), None)
+    if "poll" in part and "done" not in part:
+        part.note("poll", "needs 'done', to know what the answer means")
+    if not any(key in part for key in ("poll", "callback", "done")):
+        part.note(None, "nothing says when a task is done: 'poll', 'callback' or 'done'")
+    return TaskConfig(
+        id=part.take("id", reader.section(_task_id)),
+        done=done,
+        poll=poll,
+        related=part.take("related", reader.one_or_more(kinds.task_path), default.related),
+        callback=callback,
+        limit_time=part.take("limit_time", reader.duration, default.limit_time),
+        keep=part.take("keep", reader.duration, default.keep),
+    )
+
+
+def _task_id(part: Section) -> TaskId:
+    given = [key for key in ("json", "header", "location") if key in part]
+    if len(given) != 1:
+        part.note(None, "needs one of 'json', 'header' and 'location'")
+    return TaskId(
+        json=part.take("json", kinds.json_pointer, None),
+        header=part.take("header", kinds.header_name, None),
+        location=part.take("location", reader.boolean, False),
+    )
+
+
+def _task_done(part: Section) -> TaskDone:
+    if ("json" in part) == ("status" in part):
+        part.note(None, "needs either 'json' with 'in', or 'status'")
+    if ("json" in part) != ("in" in part):
+        part.note(None, "'json' and 'in' go together")
+    return TaskDone(
+        json=part.take("json", kinds.json_pointer, None),
+        values=frozenset(part.take("in", reader.one_or_more(kinds.any_text), ())),
+        statuses=frozenset(part.take("status", reader.one_or_more(kinds.any_status), ())),
+    )
+
+
+def _task_poll(part: Section) -> TaskPoll:
+    return TaskPoll(
+        path=part.take("path", kinds.task_path),
+        every=part.take("every", reader.duration, TaskPoll.every),
+        timeout=part.take("timeout", reader.duration, TaskPoll.timeout),
+    )
+
+
+def _task_callback(part: Section) -> TaskCallback:
+    return TaskCallback(
+        header=part.take("header", kinds.header_name), base=part.take("base", kinds.url)
     )
 
 

@@ -1,0 +1,436 @@
+"""
+Tracked tasks: the slot of a submit call is kept until its job is done.
+
+Owns the leases of running tasks, and gives each back exactly once: when the
+pod says that the task is done (by our own poll, by an answer that passes
+through, or by calling back), when it has taken too long, when an operator
+cancels it, or when its pod has lost it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectError
+from twisted.internet.error import TimeoutError as ConnectTimeout
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from strictproxy.asking import Answer, ask, reason_of
+from strictproxy.config.model import RouteConfig
+from strictproxy.errors import ProxyError, TaskGone, UnknownTask
+from strictproxy.scheduling import Address, Lease
+from strictproxy.tasks.rules import Template, find_id, is_done
+from strictproxy.upstream import Upstream
+
+_log = Logger()
+
+#: Where pods call back, below whatever the configuration says is our address.
+CALLBACK_PATH = "/.strictproxy/callback/"
+#: What is read of an answer to look for an id, or whether a task is done, bytes.
+MAX_ANSWER = 1024 * 1024
+#: Ended tasks that are remembered; the oldest go first.
+_MOST_ENDED = 10_000
+#: Polls are put off or brought forward by up to this part of their interval.
+_JITTER = 0.1
+_LONGEST_PAUSE = 60.0
+#: Polls in a row that nobody accepts, until a pod is taken for dead.
+_REFUSED = 3
+
+
+class TaskState(Enum):
+    """What became of a task."""
+
+    RUNNING = "running"
+    DONE = "done"
+    #: it has held its slot for `limit_time`
+    TIMED_OUT = "timed_out"
+    #: an operator ended it
+    CANCELLED = "cancelled"
+    #: its pod is gone, or does not know it any more
+    LOST = "lost"
+
+
+class TrackedTask:
+    """One task, and the lease that it holds while it runs."""
+
+    __slots__ = (
+        "_failures",
+        "_polling",
+        "_refused",
+        "_tasks",
+        "_timer",
+        "address",
+        "client",
+        "ended",
+        "identity",
+        "lease",
+        "number",
+        "route",
+        "since",
+        "state",
+        "task_id",
+        "upstream",
+        "why",
+    )
+
+    #: nothing of a request is kept any more
+    kept_bytes = 0
+
+    def __init__(
+        self,
+        tasks: TrackedTasks,
+        number: int,
+        task_id: str,
+        route: RouteConfig,
+        upstream: Upstream,
+        lease: Lease,
+        client: str,
+        identity: bytes,
+    ) -> None:
+        self._tasks = tasks
+        self.number = number
+        self.task_id = task_id
+        self.route = route
+        self.upstream = upstream
+        self.address = lease.address
+        self.lease: Lease | None = lease
+        self.client = client
+        self.identity = identity
+        self.since = tasks.clock.seconds()
+        self.state = TaskState.RUNNING
+        self.ended: float | None = None
+        #: in words, for people
+        self.why: str | None = None
+        self._timer: IDelayedCall | None = None
+        self._polling: Deferred[Answer] | None = None
+        self._failures = 0
+        self._refused = 0
+
+    @property
+    def key(self) -> tuple[str, str, Address]:
+        """What makes it this task: its route, its id and its pod."""
+        return (self.route.name, self.task_id, self.address)
+
+    def __str__(self) -> str:
+        return f"task {self.task_id} of route {self.route.name} on {self.address}"
+
+    def abandon(self, error: ProxyError) -> None:
+        """End it from outside; the job itself may go on, but holds no slot any more."""
+        state = TaskState.LOST if error.reason == "pod_gone" else TaskState.CANCELLED
+        self.end(state, str(error))
+
+    def end(self, state: TaskState, why: str) -> None:
+        """Give the slot back, once."""
+        if self.lease is None:
+            return
+        lease, self.lease = self.lease, None
+        self.state, self.why = state, why
+        self.ended = self._tasks.clock.seconds()
+        self.stop()
+        self._tasks.ended(self)
+        self.upstream.release(lease)
+
+    def stop(self) -> None:
+        """Ask no more."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        polling, self._polling = self._polling, None
+        if polling is not None:
+            polling.cancel()
+
+    def heard(self, path: str, status: int, body: bytes) -> None:
+        """Look at an answer about this task that has passed through."""
+        config = self.route.task
+        if config is None or config.done is None or self.lease is None:
+            return
+        # Only the path that is polled is known to mean what `done` looks at.
+        said_by = config.poll.path if config.poll is not None else None
+        if said_by is not None and Template(said_by).match(path) != self.task_id:
+            return
+        if is_done(config.done, status, body):
+            self.end(TaskState.DONE, "an answer that passed through said so")
+
+    # -- asking
+
+    def poll_later(self) -> None:
+        """Ask the pod, after some time."""
+        config = self.route.task
+        if config is None or config.poll is None or self.lease is None:
+            return
+        delay = min(config.poll.every * 2.0 ** min(self._failures, 10), _LONGEST_PAUSE)
+        delay = max(delay, config.poll.every)
+        spread = 1 + _JITTER * (2 * self._tasks.random() - 1)
+        self._timer = self._tasks.clock.callLater(delay * spread, self._poll)
+
+    def _poll(self) -> None:
+        self._timer = None
+        config = self.route.task
+        assert config is not None
+        assert config.poll is not None
+        poll, clock = config.poll, self._tasks.clock
+        asking = Deferred.fromCoroutine(
+            ask(
+                self.address,
+                Template(poll.path).fill(self.task_id),
+                lambda: self.upstream.pool.endpoint_for(self.address, poll.timeout),
+                clock,
+                agent="strictproxy-task",
+                max_body=MAX_ANSWER,
+            )
+        )
+        asking.addTimeout(poll.timeout, clock)
+        self._polling = asking
+        asking.addCallbacks(self._answered, self._unanswered)
+        asking.addErrback(lambda failure: _log.failure("a poll failed", failure=failure))
+
+    def _answered(self, answer: Answer) -> None:
+        if self.lease is None:
+            return
+        self._polling = None
+        self._failures = self._refused = 0
+        config = self.route.task
+        assert config is not None
+        assert config.done is not None
+        if is_done(config.done, answer.status, answer.body):
+            self.end(TaskState.DONE, "its pod said so")
+        elif answer.status in (404, 410):
+            self.end(TaskState.LOST, f"its pod does not know it any more ({answer.status})")
+        else:
+            if answer.status >= 500:
+                self._failures += 1
+            self.poll_later()
+
+    def _unanswered(self, failure: Failure) -> None:
+        if self.lease is None:
+            return
+        self._polling = None
+        self._failures += 1
+        reason = reason_of(failure)
+        reasons = getattr(failure.value, "reasons", None)
+        error = (reasons[0] if reasons else failure).value
+        # A pod that is busy may be slow to accept; one that refuses is not there.
+        refused = isinstance(error, ConnectError) and not isinstance(error, ConnectTimeout)
+        self._refused = self._refused + 1 if refused else 0
+        gone = self.address not in self.upstream.pods()
+        if self._refused >= _REFUSED or (gone and isinstance(error, ConnectError)):
+            self.end(TaskState.LOST, f"its pod is gone: {reason}")
+            return
+        _log.info("{task}: no answer: {reason}", task=self, reason=reason)
+        self.poll_later()
+
+
+class Submission:
+    """What is known of a submit call when it has been answered."""
+
+    __slots__ = ("body", "client", "header", "identity", "number", "status")
+
+    def __init__(
+        self,
+        number: int,
+        client: str,
+        identity: bytes,
+        status: int,
+        header: Callable[[bytes], bytes | None],
+        body: bytes,
+    ) -> None:
+        self.number = number
+        self.client = client
+        self.identity = identity
+        self.status = status
+        self.header = header
+        self.body = body
+
+
+class TrackedTasks:
+    """
+    All tracked tasks: those that run, and those that have ended for as long as they are kept.
+
+    :param random: from 0 to 1, so that pods are not polled in step.
+    """
+
+    def __init__(self, clock: IReactorTime, random: Callable[[], float]) -> None:
+        self.clock = clock
+        self.random = random
+        #: called with each task that has ended
+        self.on_end: Callable[[TrackedTask], None] = lambda _: None
+        self._secret = secrets.token_bytes(32)
+        self._templates: list[tuple[Template, RouteConfig]] = []
+        self._running: dict[int, TrackedTask] = {}
+        self._by_pod: dict[tuple[str, str, Address], TrackedTask] = {}
+        #: the newest task of each id, by route
+        self._by_id: dict[tuple[str, str], TrackedTask] = {}
+        self._ended: OrderedDict[int, TrackedTask] = OrderedDict()
+        #: submit calls whose pod has called back before it answered them
+        self._early: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __iter__(self) -> Iterator[TrackedTask]:
+        return iter(list(self._running.values()))
+
+    def configure(self, routes: Iterable[RouteConfig]) -> None:
+        """Know these routes from now on; tasks that run go on as they began."""
+        self._templates = [
+            (Template(text), route)
+            for route in routes
+            if route.task is not None
+            for text in route.task.related
+        ]
+
+    # -- submitting
+
+    def callback_url(self, route: RouteConfig, number: int) -> str | None:
+        """Return the URL by which a pod may say that the task of a submit call is done."""
+        if route.task is None or route.task.callback is None:
+            return None
+        base = route.task.callback.base.rstrip("/")
+        return f"{base}{CALLBACK_PATH}{number}/{self._signature(number)}"
+
+    def submitted(
+        self, route: RouteConfig, upstream: Upstream, lease: Lease, what: Submission
+    ) -> bool:
+        """
+        Take the lease of a submit call that has been answered, if there is a task.
+
+        :return: False if not: the lease stays the caller's.
+        """
+        early = what.number in self._early
+        self._early.discard(what.number)
+        if route.task is None:
+            return False
+        task_id = find_id(route.task.id, what.status, what.header, what.body)
+        if task_id is None:
+            if 200 <= what.status < 300:
+                _log.warn("route {route}: an answer without a task's id", route=route.name)
+            return False
+        if (route.name, task_id, lease.address) in self._by_pod:
+            # The service has said so again: one job, one slot.
+            return False
+        known = self._by_id.get((route.name, task_id))
+        if known is not None and known.lease is not None:
+            _log.warn("{task}: {pod} has one with the same id", task=known, pod=lease.address)
+        task = TrackedTask(
+            self, what.number, task_id, route, upstream, lease, what.client, what.identity
+        )
+        lease.ticket.owner = task
+        self._add(task)
+        if early:
+            task.end(TaskState.DONE, "its pod called back")
+        elif route.task.done is not None and is_done(route.task.done, what.status, what.body):
+            task.end(TaskState.DONE, "the answer to its submit call said so")
+        else:
+            task.poll_later()
+        return True
+
+    def _add(self, task: TrackedTask) -> None:
+        self._running[task.number] = task
+        self._by_pod[task.key] = task
+        self._by_id[task.route.name, task.task_id] = task
+
+    # -- calls about tasks
+
+    def find(self, path: str) -> TrackedTask | None:
+        """
+        Return the task that a path names, or None if it names none.
+
+        :raise UnknownTask: it names one that nobody knows.
+        :raise TaskGone: its pod has lost it.
+        """
+        unknown: UnknownTask | None = None
+        for template, route in self._templates:
+            task_id = template.match(path)
+            if task_id is None:
+                continue
+            task = self._by_id.get((route.name, task_id))
+            if task is None:
+                unknown = UnknownTask(f"route {route.name} has no task {task_id!r}")
+            elif task.state is TaskState.LOST:
+                raise TaskGone(f"{task} was lost: {task.why}")
+            else:
+                return task
+        if unknown is not None:
+            raise unknown
+        return None
+
+    def called_back(self, path: str, is_running: Callable[[int], bool]) -> bool:
+        """
+        Take a pod's word, given by calling the URL of `callback_url`.
+
+        :param is_running: whether an exchange of that number has not ended.
+        :return: False if the URL is not one of ours.
+        """
+        number_text, _, signature = path.removeprefix(CALLBACK_PATH).partition("/")
+        if not (number_text.isdecimal() and len(number_text) < 19):
+            return False
+        number = int(number_text)
+        if not hmac.compare_digest(signature.encode(), self._signature(number).encode()):
+            return False
+        task = self._running.get(number)
+        if task is not None:
+            task.end(TaskState.DONE, "its pod called back")
+        elif is_running(number):
+            self._early.add(number)
+        return True
+
+    def forget_early(self, number: int) -> None:
+        """Note that an exchange is over, whatever came of it."""
+        self._early.discard(number)
+
+    def _signature(self, number: int) -> str:
+        return hmac.new(self._secret, str(number).encode(), "sha256").hexdigest()[:40]
+
+    # -- the rest
+
+    def cancel(self, number: int, error: ProxyError) -> bool:
+        """End a running task; returns False if there is no such one."""
+        task = self._running.get(number)
+        if task is None:
+            return False
+        task.abandon(error)
+        return True
+
+    def ended(self, task: TrackedTask) -> None:
+        """Note that a task has ended; called by the task."""
+        self._running.pop(task.number, None)
+        self._by_pod.pop(task.key, None)
+        self._ended[task.number] = task
+        if len(self._ended) > _MOST_ENDED:
+            self._forget(next(iter(self._ended.values())))
+        _log.info("{task} {state}: {why}", task=task, state=task.state.value, why=task.why)
+        self.on_end(task)
+
+    def sweep(self) -> None:
+        """End what has taken too long, and forget what has ended long ago."""
+        now = self.clock.seconds()
+        for task in self:
+            config = task.route.task
+            if config is not None and now - task.since >= config.limit_time:
+                task.end(TaskState.TIMED_OUT, f"it has taken {config.limit_time:g} s")
+        for task in list(self._ended.values()):
+            config = task.route.task
+            if config is not None and task.ended is not None and now - task.ended >= config.keep:
+                self._forget(task)
+
+    def uses(self, upstream: Upstream) -> bool:
+        """Whether a task that runs holds a slot of an upstream."""
+        return any(task.upstream is upstream for task in self._running.values())
+
+    def stop(self) -> None:
+        """Give every slot back; what the jobs do is not known any more."""
+        for task in self:
+            task.end(TaskState.CANCELLED, "the proxy stopped")
+
+    def _forget(self, task: TrackedTask) -> None:
+        self._ended.pop(task.number, None)
+        key = (task.route.name, task.task_id)
+        if self._by_id.get(key) is task:
+            del self._by_id[key]
