@@ -131,7 +131,7 @@ class ProxyResource(Resource):
         """Take a request; the answer comes when it comes."""
         if request.head.target.startswith(_CALLBACK):
             path = request.head.target.partition(b"?")[0].decode("latin-1")
-            known = self.tasks.called_back(path, self._is_running)
+            known = self.tasks.called_back(path)
             Reply(request, 204 if known else 404)
             return NOT_DONE_YET
         Exchange(self, request).start()
@@ -150,9 +150,6 @@ class ProxyResource(Resource):
                 return True
         return self.tasks.cancel(number, error)
 
-    def _is_running(self, number: int) -> bool:
-        return any(exchange.number == number for exchange in self.running)
-
     def uses(self, upstream: Upstream) -> bool:
         """Whether an exchange that has not finished is on an upstream."""
         running = any(exchange.upstream is upstream for exchange in self.running)
@@ -168,7 +165,7 @@ class ProxyResource(Resource):
     def ended(self, exchange: Exchange) -> None:
         """Forget an exchange."""
         self.running.discard(exchange)
-        self.tasks.forget_early(exchange.number)
+        self.tasks.submit_ended(exchange.number)
         error, pod = exchange.error, exchange.pod
         if error is not None and not exchange.client_left:
             route = "" if exchange.route is None else exchange.route.name

@@ -50,6 +50,7 @@ from strictproxy.metrics import ProcessFigures, ProxyCollector, new_latency
 from strictproxy.parts import Parts, make_routers
 from strictproxy.proxy import ProxyResource
 from strictproxy.scheduling import Address
+from strictproxy.tasks.store import SqliteStore, StoreError
 from strictproxy.tracing import Tracing, make_provider
 from strictproxy.upstream import Upstream
 
@@ -256,9 +257,26 @@ class ProxyService(Service):
         self.site.start()
         self._sweeper.start(_POOL_SWEEP, now=False).addErrback(_log_failure)
         self._looker.start(_LOOK_EVERY, now=False).addErrback(_log_failure)
+        await self._restore_tasks()
         for upstream in self.upstreams.values():
             upstream.start()
         await self._listen(self.config, self._certificates, self.admin)
+
+    async def _restore_tasks(self) -> None:
+        """Hold the slots of tasks that run, before anything is dispatched."""
+        if self.config.tasks is None:
+            return
+        store = SqliteStore(self.config.tasks.directory, self._reactor)
+        try:
+            records = await store.load()
+        except StoreError:
+            # To go on without it would be to forget which slots are taken.
+            store.stop()
+            raise
+        self.proxy.tasks.store = store
+        self.proxy.tasks.restore(
+            records, self.config.routes, self.upstreams, self.proxy.next_number
+        )
 
     def _make_admin(self, config: AdminConfig | None) -> QuietSite | None:
         if config is None:
@@ -350,6 +368,8 @@ class ProxyService(Service):
         """
         old = self.config
         # What can fail, first: nothing that is used now is touched.
+        if config.tasks != old.tasks:
+            raise ConfigError("tasks.directory cannot change while the proxy runs")
         routers = make_routers(config, self._pods_of)
         kept = self._find_kept(config)
         ways = {

@@ -209,6 +209,10 @@ class Upstream:
             self._set_timer()
         return result
 
+    def adopt(self, route: str, address: Address, owner: LeaseOwner) -> Lease:
+        """Take a slot that is known to be in use already; see `Scheduler.adopt`."""
+        return self.scheduler.adopt(route, address, self._clock.seconds(), owner)
+
     def move(self, lease: Lease) -> Deferred[Lease]:
         """Give up a lease for one on another pod; see `Scheduler.move`."""
         result = self.scheduler.move(lease, self._clock.seconds())

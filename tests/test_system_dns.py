@@ -357,7 +357,11 @@ log: {{format: json}}
         """What was in flight gets 502; what waits goes to the others."""
         codes, events, flying = self.run_load("POST", "")
         self.assertEqual(flying, 4)
-        self.assertEqual(sorted(codes), [200] * (60 - flying) + [502] * flying)
+        # A dying process closes its connections before its listening socket, so
+        # as many may have connected in between, and were reset.
+        lost = codes.count(502)
+        self.assertTrue(flying <= lost <= 2 * flying, codes)
+        self.assertEqual(codes.count(200), 60 - lost)
         self.check_failures(events)
 
     def test_repeatable(self) -> None:

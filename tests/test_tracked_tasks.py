@@ -285,7 +285,7 @@ class TrackedTaskTests(ProxyTestCase):
         path = url.removeprefix("http://proxy:8080")
         wire.send(response(b'{"task_id": "t1"}'))
         await client.has(b"t1")
-        for wrong in (path[:-1] + "!", "/.strictproxy/callback/x/y", path.replace("k/", "k/9")):
+        for wrong in (path[:-1] + "!", "/.strictproxy/callback/", path + "/"):
             guess = await self.client(request(wrong, method="POST", body=b"{}"))
             await guess.has(b"404")
         self.assertEqual(self.counts(), (1, 0))
@@ -309,6 +309,11 @@ class TrackedTaskTests(ProxyTestCase):
         await client.has(b"t1")
         await self.settled(lambda: self.counts() == (0, 0))
         self.assertFalse(self.tasks._early)
+        client = await self.client(request("/submit", method="POST", body=b"job"))
+        wire = await self.arrival(b"POST /submit")
+        wire.send(response(b"{}"))
+        await client.has(b"{}")
+        self.assertEqual((len(self.tasks._tokens), self.tasks._awaited), (1, {}))
 
     async def test_done_at_once(self) -> None:
         """An answer to a submit call that says that the job is done holds nothing."""

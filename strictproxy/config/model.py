@@ -417,6 +417,13 @@ class TracingConfig:
 
 
 @dataclass(frozen=True)
+class TasksConfig:
+    """Where tasks are kept over a restart."""
+
+    directory: str
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that a configuration file says."""
 
@@ -434,3 +441,4 @@ class Config:
     #: other processes may listen on the same ports
     reuse_port: bool = False
     tracing: TracingConfig | None = None
+    tasks: TasksConfig | None = None

@@ -44,6 +44,7 @@ from strictproxy.config.model import (
     TaskDone,
     TaskId,
     TaskPoll,
+    TasksConfig,
     TracingConfig,
     UpstreamConfig,
 )
@@ -122,6 +123,7 @@ def _config(top: Section) -> Config:
         drain_timeout=top.take("drain_timeout", reader.duration, Config.drain_timeout),
         shutdown_delay=top.take("shutdown_delay", reader.or_off(reader.duration), None) or 0.0,
         tracing=top.take("tracing", reader.section(_tracing), None),
+        tasks=top.take("tasks", reader.section(_tasks), None),
         reuse_port=top.take("reuse_port", reader.boolean, Config.reuse_port),
     )
     if not top.failed:
@@ -513,6 +515,10 @@ def _tracing(part: Section) -> TracingConfig:
         sample=part.take("sample", kinds.share, TracingConfig.sample),
         service=part.take("service", reader.text, TracingConfig.service),
     )
+
+
+def _tasks(part: Section) -> TasksConfig:
+    return TasksConfig(directory=part.take("directory", reader.text))
 
 
 def _edits(part: Section) -> HeaderEdits:

@@ -153,6 +153,18 @@ class Scheduler:
         if self.waiting:
             self._dispatch(self._lines_for(lease.pod.address), now)
 
+    def adopt(self, route: str, address: Address, now: float, owner: object) -> Lease:
+        """
+        Take a slot that is known to be in use already, as by a task before a restart.
+
+        The pod need not be known, and may have more leases than its limit then.
+        """
+        pod = self._pods.get(address)
+        if pod is None:
+            pod = self._pods[address] = Pod(address, self._limit_of(address), self._tick())
+            pod.known = pod.open = False
+        return self._take(pod, Ticket(route, self._tick(), now, owner=owner), now)
+
     # -- what may change while requests run
 
     def set_pods(self, addresses: Iterable[Address], now: float) -> None:

@@ -9,10 +9,9 @@ cancels it, or when its pod has lost it.
 
 from __future__ import annotations
 
-import hmac
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 
 from twisted.internet.defer import Deferred
@@ -27,6 +26,7 @@ from strictproxy.config.model import RouteConfig
 from strictproxy.errors import ProxyError, TaskGone, UnknownTask
 from strictproxy.scheduling import Address, Lease
 from strictproxy.tasks.rules import Template, find_id, is_done
+from strictproxy.tasks.store import ITaskStore, Record
 from strictproxy.upstream import Upstream
 
 _log = Logger()
@@ -76,6 +76,7 @@ class TrackedTask:
         "since",
         "state",
         "task_id",
+        "token",
         "upstream",
         "why",
     )
@@ -90,7 +91,7 @@ class TrackedTask:
         task_id: str,
         route: RouteConfig,
         upstream: Upstream,
-        lease: Lease,
+        address: Address,
         client: str,
         identity: bytes,
     ) -> None:
@@ -99,8 +100,11 @@ class TrackedTask:
         self.task_id = task_id
         self.route = route
         self.upstream = upstream
-        self.address = lease.address
-        self.lease: Lease | None = lease
+        self.address = address
+        #: by which its pod may call back
+        self.token: str | None = None
+        #: None once it has ended
+        self.lease: Lease | None = None
         self.client = client
         self.identity = identity
         self.since = tasks.clock.seconds()
@@ -112,6 +116,21 @@ class TrackedTask:
         self._polling: Deferred[Answer] | None = None
         self._failures = 0
         self._refused = 0
+
+    @property
+    def record(self) -> Record:
+        """What has to be known of it after a restart."""
+        return Record(
+            self.route.name,
+            self.upstream.name,
+            self.task_id,
+            self.address.host,
+            self.address.port,
+            self.client,
+            self.identity.decode("latin-1"),
+            self.since,
+            self.token,
+        )
 
     @property
     def key(self) -> tuple[str, str, Address]:
@@ -261,15 +280,20 @@ class TrackedTasks:
         self.random = random
         #: called with each task that has ended
         self.on_end: Callable[[TrackedTask], None] = lambda _: None
-        self._secret = secrets.token_bytes(32)
+        #: keeps tasks over a restart, if there is one
+        self.store: ITaskStore | None = None
+        #: submit calls that have not ended, with the tokens by which their pods may call back
+        self._awaited: dict[int, str] = {}
+        #: whose tokens they are; None as long as there is no task
+        self._tokens: dict[str, TrackedTask | None] = {}
         self._templates: list[tuple[Template, RouteConfig]] = []
         self._running: dict[int, TrackedTask] = {}
         self._by_pod: dict[tuple[str, str, Address], TrackedTask] = {}
         #: the newest task of each id, by route
         self._by_id: dict[tuple[str, str], TrackedTask] = {}
         self._ended: OrderedDict[int, TrackedTask] = OrderedDict()
-        #: submit calls whose pod has called back before it answered them
-        self._early: set[int] = set()
+        #: those that have been called before there was a task
+        self._early: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._running)
@@ -292,8 +316,10 @@ class TrackedTasks:
         """Return the URL by which a pod may say that the task of a submit call is done."""
         if route.task is None or route.task.callback is None:
             return None
-        base = route.task.callback.base.rstrip("/")
-        return f"{base}{CALLBACK_PATH}{number}/{self._signature(number)}"
+        token = secrets.token_urlsafe(24)
+        self._awaited[number] = token
+        self._tokens[token] = None
+        return f"{route.task.callback.base.rstrip('/')}{CALLBACK_PATH}{token}"
 
     def submitted(
         self, route: RouteConfig, upstream: Upstream, lease: Lease, what: Submission
@@ -303,8 +329,7 @@ class TrackedTasks:
 
         :return: False if not: the lease stays the caller's.
         """
-        early = what.number in self._early
-        self._early.discard(what.number)
+        token = self._awaited.get(what.number)
         if route.task is None:
             return False
         task_id = find_id(route.task.id, what.status, what.header, what.body)
@@ -319,11 +344,14 @@ class TrackedTasks:
         if known is not None and known.lease is not None:
             _log.warn("{task}: {pod} has one with the same id", task=known, pod=lease.address)
         task = TrackedTask(
-            self, what.number, task_id, route, upstream, lease, what.client, what.identity
+            self, what.number, task_id, route, upstream, lease.address, what.client, what.identity
         )
+        task.token = self._awaited.pop(what.number, None)
         lease.ticket.owner = task
-        self._add(task)
-        if early:
+        self._add(task, lease)
+        self._store(task, lambda store: store.add(task.record))
+        if token in self._early:
+            self._early.discard(token)
             task.end(TaskState.DONE, "its pod called back")
         elif route.task.done is not None and is_done(route.task.done, what.status, what.body):
             task.end(TaskState.DONE, "the answer to its submit call said so")
@@ -331,7 +359,10 @@ class TrackedTasks:
             task.poll_later()
         return True
 
-    def _add(self, task: TrackedTask) -> None:
+    def _add(self, task: TrackedTask, lease: Lease) -> None:
+        task.lease = lease
+        if task.token is not None:
+            self._tokens[task.token] = task
         self._running[task.number] = task
         self._by_pod[task.key] = task
         self._by_id[task.route.name, task.task_id] = task
@@ -361,32 +392,29 @@ class TrackedTasks:
             raise unknown
         return None
 
-    def called_back(self, path: str, is_running: Callable[[int], bool]) -> bool:
+    def called_back(self, path: str) -> bool:
         """
         Take a pod's word, given by calling the URL of `callback_url`.
 
-        :param is_running: whether an exchange of that number has not ended.
         :return: False if the URL is not one of ours.
         """
-        number_text, _, signature = path.removeprefix(CALLBACK_PATH).partition("/")
-        if not (number_text.isdecimal() and len(number_text) < 19):
+        token = path.removeprefix(CALLBACK_PATH)
+        if token not in self._tokens:
             return False
-        number = int(number_text)
-        if not hmac.compare_digest(signature.encode(), self._signature(number).encode()):
-            return False
-        task = self._running.get(number)
-        if task is not None:
+        task = self._tokens[token]
+        if task is None:
+            # It was faster than its own answer to the submit call.
+            self._early.add(token)
+        else:
             task.end(TaskState.DONE, "its pod called back")
-        elif is_running(number):
-            self._early.add(number)
         return True
 
-    def forget_early(self, number: int) -> None:
-        """Note that an exchange is over, whatever came of it."""
-        self._early.discard(number)
-
-    def _signature(self, number: int) -> str:
-        return hmac.new(self._secret, str(number).encode(), "sha256").hexdigest()[:40]
+    def submit_ended(self, number: int) -> None:
+        """Note that a submit call is over; without a task, nobody may call back any more."""
+        token = self._awaited.pop(number, None)
+        if token is not None:
+            self._tokens.pop(token, None)
+            self._early.discard(token)
 
     # -- the rest
 
@@ -403,6 +431,7 @@ class TrackedTasks:
         self._running.pop(task.number, None)
         self._by_pod.pop(task.key, None)
         self._ended[task.number] = task
+        self._store(task, lambda store: store.remove(task.record))
         if len(self._ended) > _MOST_ENDED:
             self._forget(next(iter(self._ended.values())))
         _log.info("{task} {state}: {why}", task=task, state=task.state.value, why=task.why)
@@ -424,13 +453,64 @@ class TrackedTasks:
         """Whether a task that runs holds a slot of an upstream."""
         return any(task.upstream is upstream for task in self._running.values())
 
+    def restore(
+        self,
+        records: Iterable[Record],
+        routes: Iterable[RouteConfig],
+        upstreams: Mapping[str, Upstream],
+        next_number: Callable[[], int],
+    ) -> None:
+        """
+        Hold the slots of tasks that ran before a restart, and ask about them.
+
+        To be called before anything is dispatched. Those of routes that are
+        gone, or are about other upstreams now, are dropped, with a warning.
+        """
+        by_name = {route.name: route for route in routes if route.task is not None}
+        for record in records:
+            route = by_name.get(record.route)
+            if route is None or route.upstream != record.upstream:
+                _log.warn("task {record} is of a route that is gone: dropped", record=record)
+                if self.store is not None:
+                    self.store.remove(record).addErrback(_log_store_failure)
+                continue
+            upstream = upstreams[record.upstream]
+            task = TrackedTask(
+                self,
+                next_number(),
+                record.task_id,
+                route,
+                upstream,
+                Address(record.host, record.port),
+                record.client,
+                record.request_id.encode("latin-1"),
+            )
+            task.since, task.token = record.since, record.token
+            self._add(task, upstream.adopt(route.name, task.address, task))
+            _log.info("{task} goes on", task=task)
+            task.poll_later()
+
     def stop(self) -> None:
-        """Give every slot back; what the jobs do is not known any more."""
+        """Give every slot back. Without a store, nobody knows of the jobs any more."""
+        store, self.store = self.store, None
         for task in self:
             task.end(TaskState.CANCELLED, "the proxy stopped")
+        if store is not None:
+            store.stop()
+
+    def _store(self, task: TrackedTask, work: Callable[[ITaskStore], Deferred[None]]) -> None:
+        if self.store is not None:
+            work(self.store).addErrback(_log_store_failure)
 
     def _forget(self, task: TrackedTask) -> None:
         self._ended.pop(task.number, None)
+        if task.token is not None:
+            self._tokens.pop(task.token, None)
         key = (task.route.name, task.task_id)
         if self._by_id.get(key) is task:
             del self._by_id[key]
+
+
+def _log_store_failure(failure: Failure) -> None:
+    # The task itself goes on; only a restart would not know of it.
+    _log.error("tasks cannot be stored: {reason}", reason=failure.getErrorMessage())
