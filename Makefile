@@ -31,12 +31,12 @@ test: $(VENV)/.dev system-packages
 
 # The end-to-end tests drive real servers. Without root they are skipped, and say so.
 system-packages:
-	@for program in nginx dnsmasq hey curl named nsupdate chromium chromedriver promtool; do \
+	@for program in nginx dnsmasq hey curl named nsupdate chromium chromedriver promtool ffmpeg; do \
 	  PATH="$$PATH:/usr/sbin" command -v $$program >/dev/null && continue; \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 	    apt-get install -y -qq --no-install-recommends nginx-light dnsmasq-base hey curl bind9 bind9-dnsutils \
-    chromium chromium-driver prometheus >/dev/null; \
+    chromium chromium-driver prometheus ffmpeg >/dev/null; \
 	  else echo "$$program is not installed: the tests that need it will be skipped"; fi; \
 	  break; \
 	done

@@ -434,9 +434,8 @@ class Upstream:
             for address, endpoint in self._known.items()
             if endpoint.terminating
         )
-        # In this order: a pod on trial has its limit before it takes anything.
-        self.scheduler.set_limit(self.limit, now, limits)
-        self.scheduler.set_holds(holds, now)
+        # At once: what a pod may have, and whether it may, belong together.
+        self.scheduler.set_limit(self.limit, now, limits, holds)
         self._set_timer()
         self._set_pod_timer()
 

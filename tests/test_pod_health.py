@@ -35,6 +35,29 @@ class PodHealthTests(ProxyTestCase):
         self.assertEqual(self.records[-1].tries, 2)
         self.assertEqual(self.upstream.snapshot().pods[0].trial_in, 10.0)
 
+    async def test_one_failure_a_trial_though_others_wait(self) -> None:
+        """However many wait, a trial that fails costs one of them one refused connection."""
+        self.start(pods=2, limit=2)
+        await self.pods[0].port.stopListening()
+        dead = self.pods[0].address
+        tried: list[Address] = []
+        connect = self.upstream.pool.connect
+        self.patch(
+            self.upstream.pool,
+            "connect",
+            lambda address: (tried.append(address), connect(address))[1],
+        )
+        for number in range(8):
+            await self.client(request(f"/{number}"))
+        await self.settled(lambda: self.counts() == (2, 6))
+        before = tried.count(dead)
+        self.assertLessEqual(before, 2)
+        for trial, aside in enumerate((5.0, 10.0, 20.0), 1):
+            self.clock.advance(aside)
+            await self.settled(lambda trial=trial: tried.count(dead) >= before + trial)  # type: ignore[misc]
+            await self.settled(lambda: self.counts() == (2, 6))
+            self.assertEqual(tried.count(dead), before + trial)
+
     async def test_statuses_that_are_failures(self) -> None:
         """Answers that the route calls failures count; a good one starts over."""
         route = RouteConfig("all", Match(prefix="/"), "u", failures=frozenset({500}))

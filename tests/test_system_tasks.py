@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
+import subprocess
 import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from tests.test_system import SystemTestCase, free_port
+from twisted.trial.unittest import SkipTest
+
+from tests.test_system import ROOT, SystemTestCase, free_port
 
 #: Knows nothing of any proxy, but calls a URL when it is done if it is told one.
 APPLICATION = """
@@ -149,3 +155,76 @@ class AsynchronousServiceTests(SystemTestCase):
         pods = self.start(f"      callback: {{header: X-Done-Url, base: '{base}'}}\n")
         ratio = self.run_jobs(pods)
         print(f"\n500 jobs, callbacks: makespan {ratio:.2f} x ideal")
+
+
+class TranscodingTests(SystemTestCase):
+    """The example, with real clips."""
+
+    EXAMPLE = ROOT / "examples" / "transcoding"
+
+    def setUp(self) -> None:
+        super().setUp()
+        missing = [name for name in ("ffmpeg", "ffprobe") if not shutil.which(name)]
+        if missing:
+            raise SkipTest(f"not installed (Debian's package ffmpeg): {', '.join(missing)}")
+
+    def probe(self, clip: Path) -> dict[str, Any]:
+        done = subprocess.run(
+            ["ffprobe", "-v", "error", "-show_streams", "-of", "json", str(clip)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        (stream,) = json.loads(done.stdout)["streams"]
+        return {key: stream[key] for key in ("codec_name", "width", "height", "nb_frames")}
+
+    def test_both_kinds(self) -> None:
+        """Real clips in, real clips out, in both kinds at once; never two on one pod."""
+        port = free_port("0.0.0.0")
+        hosts = ["127.0.7.1", "127.0.7.2"]
+        for host in hosts:
+            self.spawn(
+                sys.executable, "-m", "uvicorn", "--host", host, "--port", str(port),
+                "--log-level", "warning", "service:app", log=f"{host}.log", cwd=self.EXAMPLE,
+            )  # fmt: skip
+        for host in hosts:
+            self.wait_for(
+                lambda host=host: self.get(f"http://{host}:{port}/stats")[0] == 200, f"{host}"
+            )
+        static = ", ".join(f'"{host}:{port}"' for host in hosts)
+        text = (self.EXAMPLE / "strictproxy.yaml").read_text()
+        text = re.sub(r"    dns: .*", f"    static: [{static}]", text)
+        self.twistd(
+            re.sub(r"(?m)^(listen|admin): .*\n", "", text).replace("every: 1s", "every: 100ms")
+        )
+        original = self.folder / "clip.mp4"
+        subprocess.run(
+            ["ffmpeg", "-loglevel", "error", "-f", "lavfi", "-i",
+             "testsrc=duration=2:size=320x240:rate=25", "-pix_fmt", "yuv420p", str(original)],
+            check=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        clients = []
+        for number in range(8):
+            clip = self.folder / f"clip{number}.mp4"
+            clip.write_bytes(original.read_bytes())
+            kind = ["-a"] if number % 2 else []
+            clients.append(
+                self.spawn(
+                    str(self.EXAMPLE / "client.sh"), *kind, self.url, str(clip), log="client.log"
+                )
+            )
+        for client in clients:
+            self.assertEqual(client.wait(60), 0, (self.folder / "client.log").read_text())
+        expected = {"codec_name": "h264", "width": 160, "height": 120, "nb_frames": "50"}
+        for number in range(8):
+            self.assertEqual(self.probe(self.folder / f"clip{number}.small.mp4"), expected)
+        for host in hosts:
+            stats = json.loads(self.get(f"http://{host}:{port}/stats")[1])
+            self.assertEqual(stats, {"most": 1, "working": 0})
+        # What is no clip fails in both kinds, and holds no slot.
+        broken = self.folder / "broken.mp4"
+        broken.write_bytes(b"no clip")
+        for kind in ([], ["-a"]):
+            failing = self.spawn(
+                str(self.EXAMPLE / "client.sh"), *kind, self.url, str(broken), log="broken.log"
+            )
+            self.assertNotEqual(failing.wait(30), 0)
+        self.wait_for(lambda: self.state()["transcode"]["running"] == 0, "every slot is free")

@@ -192,15 +192,25 @@ class Scheduler:
         self._reopen(now)
 
     def set_limit(
-        self, limit: int, now: float, pod_limits: Mapping[Address, int] | None = None
+        self,
+        limit: int,
+        now: float,
+        pod_limits: Mapping[Address, int] | None = None,
+        holds: Mapping[Address, Hold] | None = None,
     ) -> None:
-        """Change the limit; a lowered one is reached as leases end."""
+        """
+        Change the limit; a lowered one is reached as leases end.
+
+        :param holds: what holds pods back from now on, if that changes too: in
+            between, nothing is given to a pod that has the one and not the other.
+        """
         self._limit = limit
         self._pod_limits = dict(pod_limits or {})
         for pod in self._pods.values():
             pod.limit = self._limit_of(pod.address)
-        self._rebuild()
-        self._dispatch(list(self._lines.values()), now)
+        if holds is not None:
+            self._holds = dict(holds)
+        self._reopen(now)
 
     def set_route_limit(self, route: str, limit: int | None, now: float) -> None:
         """Limit `route` to so many leases per pod, besides the pod's own limit; None lifts it."""
