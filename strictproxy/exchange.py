@@ -39,7 +39,8 @@ from strictproxy.interfaces import RequestInfo
 from strictproxy.logs import AccessRecord
 from strictproxy.metrics import Counters
 from strictproxy.scheduling import Address, Lease
-from strictproxy.tasks.tracked import MAX_ANSWER, Submission, TrackedTask, TrackedTasks
+from strictproxy.tasks.task import MAX_ANSWER, TrackedTask
+from strictproxy.tasks.tracked import Submission, TrackedTasks
 from strictproxy.tracing import Tracing
 from strictproxy.upload import Upload
 from strictproxy.upstream import Upstream

@@ -37,7 +37,8 @@ from strictproxy.logs import AccessRecord
 from strictproxy.metrics import Counters
 from strictproxy.routing import RouteTable
 from strictproxy.scheduling import Address
-from strictproxy.tasks.tracked import CALLBACK_PATH, TrackedTask, TrackedTasks
+from strictproxy.tasks.task import TrackedTask
+from strictproxy.tasks.tracked import CALLBACK_PATH, TrackedTasks
 from strictproxy.tracing import Tracing
 from strictproxy.upstream import Upstream
 

@@ -9,15 +9,11 @@ running and waiting requests within `drain_timeout`, then whatever is left.
 
 from __future__ import annotations
 
-import gc
 import os
 import random
-import resource
 import signal
-import sys
 import threading
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -40,7 +36,7 @@ from strictproxy.admin.resources import QuietSite, make_admin
 from strictproxy.config import Config
 from strictproxy.config.changes import changes
 from strictproxy.config.file import ConfigFile
-from strictproxy.config.model import AdminConfig, ClientConfig, ListenConfig, LogConfig
+from strictproxy.config.model import AdminConfig, ListenConfig, LogConfig
 from strictproxy.errors import Cancelled, ConfigError, ShuttingDown
 from strictproxy.http.site import StrictSite
 from strictproxy.http.tls import ServerCertificates
@@ -48,6 +44,7 @@ from strictproxy.listeners import Listeners
 from strictproxy.logs import AccessLog, LogWriter
 from strictproxy.metrics import ProcessFigures, ProxyCollector, new_latency
 from strictproxy.parts import Parts, make_routers
+from strictproxy.process import descriptors, spare_the_collector, within_descriptors
 from strictproxy.proxy import ProxyResource
 from strictproxy.scheduling import Address
 from strictproxy.tasks.store import SqliteStore, StoreError
@@ -94,52 +91,6 @@ def makeService(options: Options) -> ProxyService:
     except ConfigError as error:
         raise SystemExit(f"strictproxy: {error}") from None
     return service
-
-
-def spare_the_collector() -> None:
-    """
-    Make garbage collection rarer, and leave out of it what has been imported.
-
-    Exchanges leave no cycles behind, but with thousands of connections each
-    full collection stops everything for tens of milliseconds.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
-
-
-def descriptors() -> int:
-    """
-    Return how many files this process may have open, after asking for as many as it may.
-
-    The soft limit is for programs that use select(2); Go's run time raises it
-    likewise.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
-
-
-def within_descriptors(client: ClientConfig, limit: int) -> ClientConfig:
-    """
-    Return the client limits with no more connections than there are descriptors for.
-
-    A quarter stays for pods, probes and files: a proxy that has none left can
-    neither reach a pod nor answer the kubelet.
-    """
-    allowed = limit - max(limit // 4, 64)
-    if client.connections <= allowed:
-        return client
-    _log.warn(
-        "client.connections is {wanted}, but with {limit} descriptors it can be {allowed} at most",
-        wanted=client.connections,
-        limit=limit,
-        allowed=allowed,
-    )
-    return replace(client, connections=allowed)
 
 
 def log_config(config: LogConfig, outer: Any) -> LogConfig:

@@ -18,15 +18,9 @@ from twisted.web.server import Site
 from strictproxy.config import parse
 from strictproxy.config.model import ClientConfig
 from strictproxy.demo.dns_server import DnsServer
+from strictproxy.process import descriptors, within_descriptors
 from strictproxy.scheduling import Address
-from strictproxy.service import (
-    Options,
-    ProxyService,
-    descriptors,
-    log_config,
-    makeService,
-    within_descriptors,
-)
+from strictproxy.service import Options, ProxyService, log_config, makeService
 from strictproxy.snapshot import PodCondition
 from tests.fake_kubernetes import SERVICE, FakeApiServer, make_endpoint, make_slice
 from tests.harness import ScriptedPod, response

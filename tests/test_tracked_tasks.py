@@ -15,7 +15,7 @@ from strictproxy.config.model import (
     TaskPoll,
 )
 from strictproxy.errors import Cancelled
-from strictproxy.tasks.tracked import TaskState, TrackedTask
+from strictproxy.tasks.task import TaskState, TrackedTask
 from tests.harness import ProxyTestCase, ScriptedPod, Wire, request, response
 
 POLL = TaskPoll("/status/{id}", every=2.0, timeout=5.0)
