@@ -68,11 +68,13 @@ def run(url: str, token_file: Path | None, console: Console, *, once: bool) -> N
     :raise CannotLook: there is nothing to draw, or no more.
     """
     before: dict[str, Any] | None = None
-    with Live(console=console, auto_refresh=False, screen=not once) as live:
-        for state in events(url, token_file):
+    snapshots = events(url, token_file)
+    if once:
+        console.print(draw(next(snapshots), None, console.height))
+        return
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        for state in snapshots:
             live.update(draw(state, before, console.height), refresh=True)
-            if once:
-                return
             before = state
 
 

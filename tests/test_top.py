@@ -80,6 +80,7 @@ class CommandTests(AdminTestCase):
         code, text = await self.top("--url", f"http://127.0.0.1:{self.admin[1]}")
         self.assertEqual(code, 0, text)
         self.assertIn(str(self.pods[0].address), text)
+        self.assertTrue(text.endswith("\n"))
 
     async def test_token(self) -> None:
         """Where a token is needed, it is shown; a wrong one is told."""
