@@ -45,6 +45,7 @@ class Asked:
     arrived: float
     allowed: frozenset[Address] | None
     on_grant: str = "hold"
+    patient: bool = False
     excluded: set[Address] = field(default_factory=set)
     waiter: Deferred[Lease] | None = None
     lease: Lease | None = None
@@ -150,13 +151,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.count(asked.lease.address, asked.route, -1)
         self.scheduler.release(asked.lease, self.now)
 
-    def submit(self, route: str, allowed: frozenset[Address] | None, on_grant: str) -> None:
+    def submit(
+        self,
+        route: str,
+        allowed: frozenset[Address] | None,
+        on_grant: str,
+        patient: bool = False,
+    ) -> None:
         self.asked += 1
-        asked = Asked(self.asked, route, self.now, allowed, on_grant)
-        full = len(self.waiting) >= QUEUE_SIZE
+        asked = Asked(self.asked, route, self.now, allowed, on_grant, patient)
+        impatient = [each for each in self.waiting if not each.patient]
+        full = not patient and len(impatient) >= QUEUE_SIZE
         self.waiting.append(asked)
         try:
-            result = self.scheduler.acquire(route, self.now, allowed, owner=asked)
+            result = self.scheduler.acquire(route, self.now, allowed, owner=asked, patient=patient)
         except LineFull:
             assert full
             self.waiting.remove(asked)
@@ -189,6 +197,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         asked.waiter = None
         self.waiting.remove(asked)
         asked.ends.append(failure.type.__name__ if failure.type else "?")
+        assert not asked.patient or failure.check(PodsExhausted, CancelledError), failure
         if failure.check(WaitedTooLong):
             assert self.now >= asked.arrived + QUEUE_TIMEOUT
             assert self.open
@@ -230,9 +239,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         route=routes,
         allowed=st.none() | st.frozensets(st.sampled_from(ADDRESSES), min_size=1),
         on_grant=st.sampled_from(ON_GRANT),
+        patient=st.booleans(),
     )
-    def ask(self, route: str, allowed: frozenset[Address] | None, on_grant: str) -> None:
-        self.submit(route, allowed, on_grant)
+    def ask(
+        self, route: str, allowed: frozenset[Address] | None, on_grant: str, patient: bool
+    ) -> None:
+        self.submit(route, allowed, on_grant, patient)
 
     @rule(count=st.integers(2, 6), route=routes)
     def ask_many(self, count: int, route: str) -> None:
@@ -324,6 +336,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             failure.raiseException()
         state = self.scheduler.state()
         assert state.waiting == len(self.waiting) == len(self.scheduler.tickets())
+        assert self.scheduler.patient == sum(asked.patient for asked in self.waiting)
         assert state.running == len(self.holding)
         leases = {address: pod.leases for address, pod in self.pods.items() if pod.leases}
         assert {pod.address: pod.leases for pod in state.pods if pod.leases} == leases

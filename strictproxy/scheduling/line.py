@@ -37,9 +37,17 @@ class Ticket:
     excluded: frozenset[Address] = frozenset()
     #: whatever the owner wants to find again in a snapshot
     owner: object = None
+    #: nobody sits and waits for it: it has no bound, and takes nobody's place in the queue
+    patient: bool = False
+
+    @property
+    def key(self) -> LineKey:
+        """What those have in common who wait in the same line."""
+        return self.route, self.allowed, self.excluded, self.patient
 
 
-LineKey = tuple[str, frozenset[Address] | None, frozenset[Address]]
+#: route, allowed, excluded, patient
+LineKey = tuple[str, frozenset[Address] | None, frozenset[Address], bool]
 
 
 class _Waiters:

@@ -16,6 +16,7 @@ Invariants, true whenever code outside this module runs:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from heapq import heapify, heappop, heapreplace
 
 from twisted.internet.defer import Deferred
@@ -43,6 +44,7 @@ class Scheduler:
     :param queue_size: tickets waiting at most; 0 means that nobody may wait.
     :param queue_timeout: seconds a ticket waits at most, or None for ever.
     :param no_pods_timeout: seconds a ticket waits at most while no pod takes requests.
+        All three are not about patient tickets, whose owners bound them.
     :param now: the current time.
     """
 
@@ -62,6 +64,8 @@ class Scheduler:
         #: that no pod takes requests is somebody's wish; nobody is turned away for it
         self.paused = False
         self.waiting = 0
+        #: those of them that are patient
+        self.patient = 0
         self.running = 0
         #: mean seconds that a lease is held, or None before the first release
         self.mean_service: float | None = None
@@ -92,6 +96,8 @@ class Scheduler:
         now: float,
         allowed: frozenset[Address] | None = None,
         owner: object = None,
+        *,
+        patient: bool = False,
     ) -> Lease | Deferred[Lease]:
         """
         Take a slot on the pod with the fewest leases, or wait for one.
@@ -102,13 +108,13 @@ class Scheduler:
         :raise LineFull: nobody else may wait.
         """
         self._ordinal += 1
-        ticket = Ticket(route, self._ordinal, now, allowed, owner=owner)
+        ticket = Ticket(route, self._ordinal, now, allowed, owner=owner, patient=patient)
         # While leases are being handed out, those who wait come first.
         if not self._dispatching:
             pod = self._least_for(route, allowed, ticket.excluded)
             if pod is not None:
                 return self._take(pod, ticket, now)
-        if self.waiting >= self.queue_size:
+        if not patient and self.waiting - self.patient >= self.queue_size:
             raise LineFull(self.queue_size)
         self._restart = self._dispatching
         return self._wait(ticket)
@@ -126,9 +132,7 @@ class Scheduler:
         """
         ticket = lease.ticket
         excluded = ticket.excluded | {lease.address}
-        moved = Ticket(
-            ticket.route, ticket.ordinal, ticket.arrived, ticket.allowed, excluded, ticket.owner
-        )
+        moved = replace(ticket, excluded=excluded)
         try:
             if self._is_exhausted(moved.allowed, excluded):
                 raise PodsExhausted(len(excluded))
@@ -337,7 +341,7 @@ class Scheduler:
         self._dispatch(list(self._lines.values()), now)
         # Nobody waits for pods that are gone or have refused it.
         for line in list(self._lines.values()):
-            _, allowed, excluded = line.key
+            _, allowed, excluded, _ = line.key
             if line and self._is_exhausted(allowed, excluded):
                 self._turn_away(line, lambda ticket: PodsExhausted(len(ticket.excluded)))
 
@@ -363,7 +367,7 @@ class Scheduler:
         """Fail those at the head of a line as long as `until` holds for them."""
         while line and until(line.head):
             ticket = line.head
-            self.waiting -= 1
+            self._count(ticket.key, -1)
             line.turn_away(error(ticket))
         self._drop_if_empty(line)
 
@@ -394,17 +398,22 @@ class Scheduler:
     # -- inside: waiting
 
     def _wait(self, ticket: Ticket) -> Deferred[Lease]:
-        key = (ticket.route, ticket.allowed, ticket.excluded)
+        key = ticket.key
         line = self._lines.get(key)
         if line is None:
             line = self._lines[key] = Line(key, self._withdrawn)
             for index in self._indexes(key):
                 index[key] = line
-        self.waiting += 1
+        self._count(key, +1)
         return line.join(ticket)
 
+    def _count(self, key: LineKey, change: int) -> None:
+        self.waiting += change
+        if key[3]:
+            self.patient += change
+
     def _withdrawn(self, line: Line) -> None:
-        self.waiting -= 1
+        self._count(line.key, -1)
         self._drop_if_empty(line)
 
     def _drop_if_empty(self, line: Line) -> None:
@@ -430,6 +439,8 @@ class Scheduler:
         return [*self._open.values(), *self._pinned.get(address, {}).values()]
 
     def _deadline(self, ticket: Ticket) -> float | None:
+        if ticket.patient:
+            return None
         when = None if self.queue_timeout is None else ticket.arrived + self.queue_timeout
         if not self._open_pods and not self.paused:
             no_pods = max(ticket.arrived, self._no_pods_since) + self.no_pods_timeout
@@ -459,11 +470,11 @@ class Scheduler:
                 if ticket.ordinal != ordinal:
                     heapreplace(heads, (ticket.ordinal, line))
                     continue
-                pod = self._least_for(*line.key)
+                pod = self._least_for(*line.key[:3])
                 if pod is None:
                     heappop(heads)
                     continue
-                self.waiting -= 1
+                self._count(line.key, -1)
                 line.put(self._take(pod, ticket, now))
                 self._drop_if_empty(line)
                 if self._restart:
