@@ -12,12 +12,13 @@ is released and its line logged.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from strictproxy.answering import Answering, AnsweringOwner, request_info
 from strictproxy.config.model import Body, OnDisconnect, RouteConfig
 from strictproxy.errors import (
     BadResponse,
@@ -28,20 +29,16 @@ from strictproxy.errors import (
     SpoolFailed,
     TaskGone,
 )
-from strictproxy.forwarding import Forwarding, request_id
-from strictproxy.http.heads import Field, RequestHead, ResponseHead
-from strictproxy.http.peer import client_address
+from strictproxy.forwarding import Forwarding
+from strictproxy.http.heads import Field, ResponseHead
 from strictproxy.http.pod_connection import PodConnection
 from strictproxy.http.problems import reason_phrase
-from strictproxy.http.request import ClientRequest
+from strictproxy.http.request import Request
 from strictproxy.http.spool import Spool
 from strictproxy.interfaces import RequestInfo
-from strictproxy.logs import AccessRecord
-from strictproxy.metrics import Counters
 from strictproxy.scheduling import Address, Lease
 from strictproxy.tasks.task import MAX_ANSWER, TrackedTask
 from strictproxy.tasks.tracked import Submission, TrackedTasks
-from strictproxy.tracing import Tracing
 from strictproxy.upload import Upload
 from strictproxy.upstream import Upstream
 
@@ -51,46 +48,32 @@ _log = Logger()
 _MAX_TRIES = 5
 
 
-class ExchangeOwner(Protocol):
+class ExchangeOwner(AnsweringOwner, Protocol):
     """What an exchange needs of the resource that began it."""
 
     upstreams: Mapping[str, Upstream]
-    now: Callable[[], float]
-    log_access: Callable[[AccessRecord], None] | None
-    counters: Counters
-    tracing: Tracing | None
     tasks: TrackedTasks
 
     def forwarding_about(self, route: RouteConfig) -> Forwarding:
         """Return how calls about the tasks of a route are forwarded."""
 
-    def next_number(self) -> int:
-        """Return a number that no exchange has had."""
-
     def choose(self, info: RequestInfo) -> tuple[Forwarding, frozenset[Address] | None]:
         """Find the route, and the pods that the request is confined to, if any."""
 
-    def make_spool(self, request: ClientRequest) -> Spool:
+    def make_spool(self, request: Request) -> Spool:
         """Return what receives a whole body."""
 
     def begin(self, exchange: Exchange, route: RouteConfig) -> None:
         """Take note of an exchange whose route has been found."""
 
+    def limit_time(self, exchange: Exchange, route: RouteConfig) -> None:
+        """Count the time that a route allows from now on."""
+
     def ended(self, exchange: Exchange) -> None:
         """Forget an exchange."""
 
 
-def request_info(head: RequestHead, client: str) -> RequestInfo:
-    """Return what routing may see of a request."""
-    host = head.host.decode("latin-1").lower()
-    host = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-    # OPTIONS * is about the server as a whole (RFC 9110, 9.3.7): whoever serves /.
-    path = "/" if head.target == b"*" else head.target.partition(b"?")[0].decode("latin-1")
-    fields = ((name.decode("latin-1"), value.decode("latin-1")) for name, _, value in head.fields)
-    return RequestInfo(head.method.decode("latin-1"), path, host, fields, client)
-
-
-class Exchange:
+class Exchange(Answering):
     """One request and its response passing through."""
 
     __slots__ = (
@@ -100,48 +83,23 @@ class Exchange:
         "_connecting",
         "_connection",
         "_ended_half",
-        "_finished",
-        "_forwarding",
         "_keep",
         "_lease",
         "_proxy",
-        "_request",
-        "_started",
         "_task",
-        "_trace",
         "_tunnel",
         "_upload",
         "_waiting",
-        "client",
-        "client_left",
-        "error",
-        "granted",
-        "identity",
-        "in_flight",
-        "number",
-        "peer",
-        "pod",
-        "tries",
-        "upstream",
     )
 
-    def __init__(self, proxy: ExchangeOwner, request: ClientRequest) -> None:
+    def __init__(self, proxy: ExchangeOwner, request: Request) -> None:
+        super().__init__(proxy, request)
         self._proxy = proxy
-        self._request = request
-        self._started = proxy.now()
-        self.number = proxy.next_number()
-        channel = request.channel
-        assert channel is not None
-        self._keep = channel.site.read_ahead
-        self.peer = channel.peer
-        self.client = client_address(request.head, self.peer, channel.site.is_trusted)
-        self.identity = request_id(request.head)
-        self._trace = None if proxy.tracing is None else proxy.tracing.begin(request.head)
-        self._forwarding: Forwarding | None = None
-        self.upstream: Upstream | None = None
+        self._keep = request.keep
         #: the only pods it may go to, or None for any
         self._allowed: frozenset[Address] | None = None
-        self._waiting: Deferred[Lease] | None = None
+        #: for a slot, or for what has to be done before a pod may see the request
+        self._waiting: Deferred[Any] | None = None
         self._upload: Upload | None = None
         self._connecting: Deferred[PodConnection] | None = None
         self._connection: PodConnection | None = None
@@ -149,34 +107,26 @@ class Exchange:
         #: the head of the pod's answer, and its body, where a task is to be looked for
         self._answer: ResponseHead | None = None
         self._collected: bytearray | None = None
-        #: the task that the request is about
+        #: the task that the request is about, or has submitted
         self._task: TrackedTask | None = None
         #: an upgrade has taken place; which side has closed its half
         self._tunnel = False
         self._ended_half: str | None = None
-        self._finished = False
-        self.client_left = False
-        self.error: ProxyError | None = None
-        self.granted: float | None = None
-        self.in_flight = 0
-        self.pod: Address | None = None
-        #: pods, or connections, that the request was given to
-        self.tries = 0
-
-    @property
-    def route(self) -> RouteConfig | None:
-        """The route, once it has been found."""
-        return None if self._forwarding is None else self._forwarding.route
 
     @property
     def task_id(self) -> str | None:
-        """Nothing: a task is somebody else's business, once there is one."""
-        return None
+        """What people may call the task by that it is, or is about."""
+        return self._request.task_id if self._task is None else self._task.task_id
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of the body that are kept while it waits."""
         return self._request.read_ahead
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the time that it waits counts: somebody sits there."""
+        return self._request.before_pod is None
 
     # -- route
 
@@ -197,21 +147,22 @@ class Exchange:
             self._proxy.begin(self, route)
             self.upstream = self._proxy.upstreams[route.upstream]
             self._allowed = pods
-            spool = None
             if route.body is Body.SPOOL and not request.body_ended:
-                spool = self._proxy.make_spool(request)
-            self._upload = upload = Upload(request, spool, self._keep, self._broken)
-            if spool is None:
-                self._acquire()
+                self._receive(self._proxy.make_spool(request))
             else:
-                # Its sender's slowness holds no slot.
-                stored = upload.receive(spool)
-                stored.addCallbacks(lambda _: self._acquire(), self._not_stored)
-                stored.addErrback(self._not_leased)
+                self._upload = Upload(request, request.stored, self._keep, self._broken)
+                self._acquire()
         except ProxyError as error:
             self._fail(error)
         except Exception:
             self._broken(Failure())
+
+    def _receive(self, spool: Spool) -> None:
+        """Receive the body whole before all else: its sender's slowness holds no slot."""
+        self._upload = upload = Upload(self._request, spool, self._keep, self._broken)
+        stored = upload.receive(spool)
+        stored.addCallbacks(lambda _: self._acquire(), self._not_stored)
+        stored.addErrback(self._not_leased)
 
     def _start_related(self, task: TrackedTask) -> None:
         """Go to the pod that owns a task; that takes no slot, and waits for nobody."""
@@ -236,7 +187,8 @@ class Exchange:
         self._waiting = None
         if self._trace is not None:
             self._trace.waits(route.name, upstream.name)
-        lease = upstream.acquire(route.name, self._allowed, self)
+        patient = self._request.before_pod is not None
+        lease = upstream.acquire(route.name, self._allowed, self, patient=patient)
         if isinstance(lease, Lease):
             self._leased(lease)
         else:
@@ -263,6 +215,19 @@ class Exchange:
         self.pod = lease.address
         upstream = self.upstream
         assert upstream is not None
+        before_pod = self._request.before_pod
+        if before_pod is None:
+            self._reach(upstream, lease.address)
+            return
+        assert self.route is not None
+        self._proxy.limit_time(self, self.route)
+        waiting = self._waiting = before_pod(lease.address)
+        waiting.addCallbacks(lambda _: self._go_on(upstream, lease), self._not_leased)
+        waiting.addErrback(self._broken)
+
+    def _go_on(self, upstream: Upstream, lease: Lease) -> None:
+        """Reach for the pod, now that whatever had to be done before is done."""
+        self._waiting = None
         self._reach(upstream, lease.address)
 
     def _reach(self, upstream: Upstream, address: Address) -> None:
@@ -400,10 +365,9 @@ class Exchange:
         self._judge(head)
         request = self._request
         early = not request.body_ended and (ended or head.status >= 400)
-        if early and request.channel is not None:
-            # A 413, say: the rest of the body will not be read by anybody, so
-            # this is the last request on the client's connection.
-            request.channel.keep_alive = False
+        if early:
+            # A 413, say: the rest of the body will not be read by anybody.
+            request.last_on_connection()
         lines = self._response_lines(head)
         request.send_head(
             head.status,
@@ -490,7 +454,8 @@ class Exchange:
         what = Submission(
             self.number, self.client, self.identity, head.status, head.get, bytes(self._collected)
         )
-        return self._proxy.tasks.submitted(route, upstream, lease, what)
+        self._task = self._proxy.tasks.submitted(route, upstream, lease, what)
+        return self._task is not None
 
     def pod_upgraded(self, head: ResponseHead, data: bytes) -> None:
         """Carry bytes both ways from now on, if that is what the client asked for."""
@@ -612,40 +577,7 @@ class Exchange:
         if self._task is not None and self._answer is not None and self._collected is not None:
             path = self._request.head.target.partition(b"?")[0].decode("latin-1")
             self._task.heard(path, self._answer.status, bytes(self._collected))
-        now, granted, route = self._proxy.now(), self.granted, self.route
-        counters = self._proxy.counters
-        (counters.unrouted if route is None else counters.of(route.name)).ended(
-            499 if self.client_left else self._request.status,
-            None if self.error is None else self.error.reason,
-            (now if granted is None else granted) - self._started,
-            None if granted is None else now - granted,
-            self.tries,
-        )
-        if self._trace is not None:
-            reason = None if self.error is None else self.error.reason
-            self._trace.ended(self._request.status, reason, self.tries)
-        if self._proxy.log_access is not None:
-            self._proxy.log_access(self._record(now))
-
-    def _record(self, now: float) -> AccessRecord:
-        granted = self.granted
-        head = self._request.head
-        return AccessRecord(
-            client=self.client,
-            method=head.method,
-            target=head.target,
-            host=head.host,
-            route=self.route.name if self.route is not None else None,
-            upstream=self.upstream.name if self.upstream is not None else None,
-            pod=self.pod,
-            status=499 if self.client_left else self._request.status,
-            reason=self.error.reason if self.error is not None else None,
-            sent=self._request.bytes_sent,
-            waited=(now if granted is None else granted) - self._started,
-            pod_time=None if granted is None else now - granted,
-            in_flight=self.in_flight,
-            tries=self.tries,
-        )
+        self._account()
 
 
 def _reason(head: ResponseHead) -> bytes:

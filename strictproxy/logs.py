@@ -49,6 +49,8 @@ class AccessRecord:
     #: leases on the pod at dispatch, this one included
     in_flight: int
     tries: int
+    #: the beginning of the id, if it is a task; the whole of it would let its reader have it
+    task: str | None = None
 
     def __str__(self) -> str:
         return access_text(self)

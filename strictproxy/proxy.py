@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from strictproxy.errors import (
 from strictproxy.exchange import Exchange
 from strictproxy.forwarding import Forwarding
 from strictproxy.http.reply import Reply
-from strictproxy.http.request import ClientRequest
+from strictproxy.http.request import ClientRequest, Request
 from strictproxy.http.spool import Spool
 from strictproxy.http.timeouts import Timeouts
 from strictproxy.interfaces import IRouter, RequestInfo
@@ -138,10 +139,15 @@ class ProxyResource(Resource):
         Exchange(self, request).start()
         return NOT_DONE_YET
 
-    def make_spool(self, request: ClientRequest) -> Spool:
+    def make_spool(self, request: Request) -> Spool:
         """Return what receives a whole body."""
         client = self._client
-        return Spool(client.spool_memory, client.spool_directory, request.pause, request.resume)
+        return Spool(
+            client.spool_memory,
+            request.pause,
+            request.resume,
+            lambda: tempfile.TemporaryFile(dir=client.spool_directory),
+        )
 
     def cancel(self, number: int, error: ProxyError) -> bool:
         """End one exchange; returns False if it has ended or never was."""
@@ -159,6 +165,11 @@ class ProxyResource(Resource):
     def begin(self, exchange: Exchange, route: RouteConfig) -> None:
         """Take note of an exchange whose route has been found."""
         self.running.add(exchange)
+        if exchange.bounded:
+            self.limit_time(exchange, route)
+
+    def limit_time(self, exchange: Exchange, route: RouteConfig) -> None:
+        """Count the time that a route allows from now on."""
         timeouts = self._timeouts.get(route.name)
         if timeouts is not None:
             timeouts.start(exchange, self.now())

@@ -16,17 +16,18 @@ from twisted.python.failure import Failure
 from strictproxy.http.framing import encode_chunk, encode_last_chunk
 from strictproxy.http.heads import Field
 from strictproxy.http.pod_connection import PodConnection
-from strictproxy.http.request import ClientRequest
-from strictproxy.http.spool import Spool
+from strictproxy.http.request import Request
+from strictproxy.http.spool import Spool, StoredBody
 
 
 class Upload:
     """
     The body of one request; its exchange owns it and closes it.
 
-    :param spool: receives the whole body first, or None to stream it.
+    :param stored: the whole body, if it is there, or a spool that will `receive` it;
+        None to stream it.
     :param keep: bytes kept for sending again, of a streamed body.
-    :param broken: called when the spool cannot be read.
+    :param broken: called when what is stored cannot be read.
     """
 
     __slots__ = (
@@ -39,17 +40,20 @@ class Upload:
         "_request",
         "_resume_at",
         "_spool",
+        "_stored",
     )
 
     def __init__(
         self,
-        request: ClientRequest,
-        spool: Spool | None,
+        request: Request,
+        stored: StoredBody | None,
         keep: int,
         broken: Callable[[Failure], None],
     ) -> None:
         self._request = request
-        self._spool = spool
+        self._stored = stored
+        #: what receives it, as long as it comes
+        self._spool: Spool | None = None
         self._keep = keep
         self._broken = broken
         self._connection: PodConnection | None = None
@@ -75,6 +79,7 @@ class Upload:
             cannot be kept.
         """
         request = self._request
+        self._spool = spool
         if request.head.expects_continue:
             # There is nobody else who could say it, and the pod need not be asked.
             request.send_interim(100, b"Continue", [])
@@ -116,23 +121,23 @@ class Upload:
         :return: what is to follow the head at once, and whether that is all.
             Call `go_on` when it has been sent.
         """
-        request, spool = self._request, self._spool
+        request, stored = self._request, self._stored
         self._connection = connection
         self._full = False
-        if spool is None:
+        if stored is None:
             body = b"".join(self._kept or ()) + request.open_body()
             if self._kept is not None:
                 self._kept, self._kept_size = [body], len(body)
             ended = request.body_ended
         else:
-            body = spool.memory() if spool.in_memory else b""
-            ended = spool.in_memory
+            body = stored.memory() if stored.in_memory else b""
+            ended = stored.in_memory
         first = self._frame(body) if body else b""
         return (first + self._last(request.trailers) if ended else first), ended
 
     def go_on(self) -> None:
         """Send what there is besides what `attach` returned."""
-        if self._spool is not None and not self._spool.in_memory:
+        if self._stored is not None and not self._stored.in_memory:
             self._send_from_file(0)
         else:
             self._splice()
@@ -163,12 +168,12 @@ class Upload:
         """Let go of everything; nothing is called any more."""
         self._connection = None
         self._kept = None
-        if self._spool is not None:
-            self._spool.close()
+        if self._stored is not None:
+            self._stored.close()
 
     def _send_from_file(self, position: int) -> None:
-        spool, connection = self._spool, self._connection
-        if spool is None or connection is None:
+        stored, connection = self._stored, self._connection
+        if stored is None or connection is None:
             return
         if self._full:
             self._resume_at = position
@@ -183,11 +188,11 @@ class Upload:
             else:
                 connection.end_request(self._last(self._request.trailers))
 
-        spool.read(position).addCallback(read).addErrback(self._broken)
+        stored.read(position).addCallback(read).addErrback(self._broken)
 
     def _splice(self) -> None:
         # Not while what is sent has to be kept: spliced bytes are never seen.
-        if self._kept is None and self._connection is not None and self._spool is None:
+        if self._kept is None and self._connection is not None and self._stored is None:
             self._request.splice_to(self._connection.transport)
 
     def _frame(self, data: bytes) -> bytes:

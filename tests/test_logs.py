@@ -57,7 +57,7 @@ class FormatTests(SynchronousTestCase):
             rest,
             'client=192.0.2.1 method=GET target="/a?b=\\"c d\\"\\u001b" host=h route=r upstream=u '
             "pod=10.0.0.1:80 status=200 reason=- sent=12 waited=1.235 pod_time=- in_flight=2 "
-            "tries=1",
+            "tries=1 task=-",
         )
 
     def test_access_json(self) -> None:
@@ -120,7 +120,10 @@ class FormatTests(SynchronousTestCase):
         bad = replace(RECORD, reason="queue_full", status=503, pod_time=0.5)
         for access_format, expected in (
             (AccessFormat.JSON, r'^\{"time": ".*Z", "level": "info", "event": "access", .*\}$'),
-            (AccessFormat.LOGFMT, r'^time=\S+Z client=192.0.2.1 method=GET target="/a.* tries=1$'),
+            (
+                AccessFormat.LOGFMT,
+                r'^time=\S+Z client=192.0.2.1 method=GET target="/a.* tries=1 task=-$',
+            ),
             (
                 AccessFormat.COMBINED,
                 r"^192\.0\.2\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d \+0000\] "

@@ -94,6 +94,7 @@ class TrackedTaskTests(ProxyTestCase):
         self.begin()
         await self.submit()
         self.assertEqual((self.counts(), self.running()), ((1, 0), ["t1"]))
+        self.assertEqual([record.task for record in self.records], ["t1"])
         second = await self.client(request("/submit", method="POST", body=b"two"))
         await self.settled(lambda: self.counts() == (1, 1))
         await self.poll("running")

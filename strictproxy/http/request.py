@@ -7,15 +7,20 @@ is the channel's business.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import ITransport
 
 from strictproxy.errors import BodyTooLarge, ProxyError
 from strictproxy.http.framing import encode_chunk, encode_last_chunk
 from strictproxy.http.heads import Field, RequestHead
+from strictproxy.http.peer import Peer, client_address
 from strictproxy.http.problems import problem_body, problem_fields, reason_phrase
+from strictproxy.http.spool import StoredBody
 from strictproxy.http.transport import IStreamTransport, end_output
+from strictproxy.scheduling import Address
 
 if TYPE_CHECKING:
     from strictproxy.http.channel import ServerChannel
@@ -41,6 +46,114 @@ class RequestHandler(Protocol):
 
     def client_drained(self) -> None:
         """Go on sending."""
+
+
+class Request(Protocol):
+    """
+    What an exchange needs of a request: to read its body, and to answer it.
+
+    Whether somebody waits for the answer at the other end of a connection is
+    not its business.
+    """
+
+    head: RequestHead
+    handler: RequestHandler | None
+    #: status and body bytes sent, for the access log
+    status: int
+    bytes_sent: int
+    body_ended: bool
+    trailers: list[Field]
+
+    @property
+    def stored(self) -> StoredBody | None:
+        """The body, if it is there already, whole."""
+
+    @property
+    def before_pod(self) -> Callable[[Address], Deferred[None]] | None:
+        """
+        What has to be done before a pod may see the request.
+
+        There is something if nobody sits and waits for the answer; then it is
+        patient in the line, too.
+        """
+
+    @property
+    def task_id(self) -> str | None:
+        """What people may call it by, if it is a task."""
+
+    @property
+    def peer(self) -> Peer:
+        """Who is, or was, at the other end of the connection."""
+
+    @property
+    def client(self) -> str:
+        """The client's address."""
+
+    @property
+    def keep(self) -> int:
+        """Bytes of a streamed body to keep, to send them again."""
+
+    @property
+    def read_ahead(self) -> int:
+        """Bytes of the body that have been read and not been asked for."""
+
+    @property
+    def transport(self) -> IStreamTransport | None:
+        """The client's connection, while it is there."""
+
+    def limit_body(self, max_body: int | None) -> None:
+        """Refuse a longer body. Raises `BodyTooLarge`."""
+
+    def open_body(self) -> bytes:
+        """Return what was read ahead; from now on the handler gets the body as it arrives."""
+
+    def splice_to(self, dest: ITransport) -> None:
+        """Let the kernel move the rest of the body, if it can."""
+
+    def pause(self) -> None:
+        """Read no more of the body for now."""
+
+    def resume(self) -> None:
+        """Read on."""
+
+    def send_interim(self, status: int, reason: bytes, lines: list[bytes]) -> None:
+        """Send a 1xx response."""
+
+    def send_head(
+        self,
+        status: int,
+        reason: bytes,
+        lines: list[bytes],
+        *,
+        has_body: bool,
+        framed: bool,
+        data: bytes = b"",
+        ended: bool = False,
+    ) -> None:
+        """Send the response's head; see `ClientRequest.send_head`."""
+
+    def send(self, data: bytes) -> None:
+        """Send body bytes."""
+
+    def end(self, data: bytes = b"", trailers: list[Field] | None = None) -> None:
+        """End the response."""
+
+    def fail(
+        self, error: ProxyError, retry_after: float | None = None, identity: bytes = b""
+    ) -> None:
+        """Answer with an error."""
+
+    def last_on_connection(self) -> None:
+        """Let the connection end with this answer: the rest of the body is not read."""
+
+    def switch(self, lines: list[bytes], data: bytes) -> None:
+        """Send a 101 response."""
+
+    def end_output(self) -> None:
+        """Send nothing more."""
+
+    def close(self) -> None:
+        """Close once everything has been sent."""
 
 
 class ClientRequest:
@@ -75,6 +188,11 @@ class ClientRequest:
     #: for Site.getResourceFor: the root resource is a leaf and does its own routing
     postpath: tuple[bytes, ...] = ()
 
+    # See `Request`: somebody waits for the answer.
+    stored: ClassVar[None] = None
+    before_pod: ClassVar[None] = None
+    task_id: ClassVar[None] = None
+
     def __init__(self, channel: ServerChannel, head: RequestHead, max_body: int | None) -> None:
         self.channel: ServerChannel | None = channel
         self.head = head
@@ -92,6 +210,24 @@ class ClientRequest:
         self._ahead: list[bytes] = []
         self._ahead_size = 0
         self._received = 0
+
+    @property
+    def peer(self) -> Peer:
+        """Who is at the other end; to be asked while somebody is."""
+        assert self.channel is not None
+        return self.channel.peer
+
+    @property
+    def client(self) -> str:
+        """The client's address; to be asked while it is there."""
+        assert self.channel is not None
+        return client_address(self.head, self.channel.peer, self.channel.site.is_trusted)
+
+    @property
+    def keep(self) -> int:
+        """Bytes of a streamed body to keep, to send them again; while the client is there."""
+        assert self.channel is not None
+        return self.channel.site.read_ahead
 
     # -- reading
 
@@ -256,6 +392,11 @@ class ClientRequest:
             data=body,
             ended=True,
         )
+
+    def last_on_connection(self) -> None:
+        """Let the connection end with this answer: the rest of the body is not read."""
+        if self.channel is not None:
+            self.channel.keep_alive = False
 
     def abort(self) -> None:
         """Close the client's connection without ending the response."""

@@ -111,23 +111,23 @@ class TrackedTasks:
 
     def submitted(
         self, route: RouteConfig, upstream: Upstream, lease: Lease, what: Submission
-    ) -> bool:
+    ) -> TrackedTask | None:
         """
         Take the lease of a submit call that has been answered, if there is a task.
 
-        :return: False if not: the lease stays the caller's.
+        :return: None if not: the lease stays the caller's.
         """
         token = self._awaited.get(what.number)
         if route.task is None:
-            return False
+            return None
         task_id = find_id(route.task.id, what.status, what.header, what.body)
         if task_id is None:
             if 200 <= what.status < 300:
                 _log.warn("route {route}: an answer without a task's id", route=route.name)
-            return False
+            return None
         if (route.name, task_id, lease.address) in self._by_pod:
             # The service has said so again: one job, one slot.
-            return False
+            return None
         known = self._by_id.get((route.name, task_id))
         if known is not None and known.lease is not None:
             _log.warn("{task}: {pod} has one with the same id", task=known, pod=lease.address)
@@ -145,7 +145,7 @@ class TrackedTasks:
             task.end(TaskState.DONE, "the answer to its submit call said so")
         else:
             task.poll_later()
-        return True
+        return task
 
     def _add(self, task: TrackedTask, lease: Lease) -> None:
         task.lease = lease
