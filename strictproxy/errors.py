@@ -48,6 +48,8 @@ class ProxyError(StrictProxyError):
     title: str = "The proxy failed"
     source: Source = Source.PROXY
     retry_elsewhere: bool = False
+    #: header fields that the answer needs besides the usual ones
+    fields: tuple[tuple[str, str], ...] = ()
 
     @property
     def detail(self) -> str:
@@ -154,6 +156,78 @@ class TaskGone(ProxyError):
     title = "The task is lost"
 
 
+class TaskNotEnded(ProxyError):
+    """The result of a detached request was asked for before there was one."""
+
+    status = 409
+    reason = "task_not_ended"
+    title = "The task has not ended yet"
+    source = Source.CLIENT
+
+
+class TaskCancelled(ProxyError):
+    """The client cancelled its detached request."""
+
+    status = 410
+    reason = "task_cancelled"
+    title = "The task was cancelled"
+    source = Source.CLIENT
+
+
+class TaskExpired(ProxyError):
+    """A detached request waited for a slot as long as its route allows."""
+
+    status = 410
+    reason = "task_expired"
+    title = "The task waited too long"
+
+
+class Interrupted(ProxyError):
+    """The proxy ended while a detached request ran, which may not be given to a pod again."""
+
+    status = 503
+    reason = "interrupted"
+    title = "The proxy ended while the request ran"
+
+
+class TooManyTasks(ProxyError):
+    """As many detached requests are known as may be, and none of them has ended."""
+
+    status = 503
+    reason = "too_many_tasks"
+    title = "Too many tasks"
+
+
+class TaskStoreFull(ProxyError):
+    """The bodies and results of detached requests take all the room that they may."""
+
+    status = 507
+    reason = "task_store_full"
+    title = "There is no room for the task"
+
+
+class TaskStoreFailed(ProxyError):
+    """A detached request, or its result, could not be written."""
+
+    status = 507
+    reason = "task_store_failed"
+    title = "The task could not be stored"
+
+
+class TaskNotRecorded(TaskStoreFailed):
+    """That a pod has it now could not be written, so none has been given it."""
+
+    retry_elsewhere = True
+
+
+class ResultTooLarge(ProxyError):
+    """The pod's answer to a detached request is longer than its route allows."""
+
+    status = 502
+    reason = "result_too_large"
+    title = "The result is too large"
+
+
 class Cancelled(ProxyError):
     """An operator ended the request."""
 
@@ -185,6 +259,7 @@ class PodsExhausted(PodError):
 
     reason = "pods_exhausted"
     title = "Every pod refused the connection"
+    retry_elsewhere = True
 
     def __init__(self, tried: int) -> None:
         super().__init__(f"{tried} pod(s) refused the connection, and no other is known")
@@ -272,6 +347,22 @@ class BodyTooLarge(ClientError):
     status = 413
     reason = "body_too_large"
     title = "The request's body is too large"
+
+
+class IdempotencyKeyReused(ClientError):
+    """Another request has come with the same Idempotency-Key."""
+
+    status = 422
+    reason = "idempotency_key_reused"
+    title = "The idempotency key belongs to another request"
+
+
+class CallbackForbidden(ClientError):
+    """The client wants somebody told whom the configuration does not allow."""
+
+    status = 403
+    reason = "callback_forbidden"
+    title = "The callback is not allowed"
 
 
 class MethodNotSupported(ClientError):

@@ -541,6 +541,13 @@ class Exchange(Answering):
     def _broken(self, failure: Failure) -> None:
         self._fail(_unexpected(failure))
 
+    def withdraw(self) -> None:
+        """Leave the line without an answer, and without a trace: it will come again."""
+        if not self._finished:
+            self._finished = True
+            self._release()
+            self._proxy.ended(self)
+
     def abandon(self, error: ProxyError) -> None:
         """End the exchange from outside, as when the proxy stops."""
         self._fail(error)

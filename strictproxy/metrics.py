@@ -145,6 +145,12 @@ class ProcessFigures:
     reload_failed: bool = False
     #: when the configuration in force was read, seconds of the epoch
     configured_at: float = 0.0
+    #: tasks that wait or run, by upstream, route and state
+    tasks: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
+    #: bytes of the bodies and results of detached requests
+    task_bytes: int = 0
+    #: calls about ended tasks, by outcome
+    callbacks: Mapping[str, int] = field(default_factory=dict)
 
 
 class ProxyCollector(Collector):
@@ -170,6 +176,7 @@ class ProxyCollector(Collector):
         """Return every metric."""
         snapshots = list(self._upstreams())
         yield from self._requests()
+        yield from self._tasks()
         yield from _line(snapshots)
         yield from _pods(snapshots)
         yield from _discovery(snapshots)
@@ -216,6 +223,27 @@ class ProxyCollector(Collector):
             for outcome, count in each.tasks.items():
                 tasks.add_metric([each.upstream, each.route, outcome], count)
         yield from (requests, waited, pod_time, retried, withdrawn, tasks)
+
+    def _tasks(self) -> Iterator[Metric]:
+        figures = self._process()
+        active = GaugeMetricFamily(
+            "strictproxy_tasks",
+            "Tasks that wait or run now.",
+            labels=["upstream", "route", "state"],
+        )
+        for names, count in figures.tasks.items():
+            active.add_metric(names, count)
+        callbacks = CounterMetricFamily(
+            "strictproxy_task_callbacks",
+            "Calls that told somebody of an ended task, by outcome.",
+            labels=["outcome"],
+        )
+        for outcome, count in figures.callbacks.items():
+            callbacks.add_metric([outcome], count)
+        size = _gauge("strictproxy_task_store_bytes",
+                      "Bytes of the bodies and results of detached requests.",
+                      figures.task_bytes)  # fmt: skip
+        yield from (active, callbacks, size)
 
     def _of_process(self) -> Iterator[Metric]:
         figures = self._process()

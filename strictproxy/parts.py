@@ -12,14 +12,16 @@ from collections.abc import Callable, Collection, Iterable
 from ipaddress import ip_address
 from typing import Any
 
+from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import (
     HostnameEndpoint,
     TCP4ClientEndpoint,
     TCP6ClientEndpoint,
     wrapClientTLS,
 )
-from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.internet.interfaces import IResolutionReceiver, IStreamClientEndpoint
 from twisted.plugin import getPlugins
+from zope.interface import implementer
 
 import strictproxy.plugins
 from strictproxy.config import Config, StaticSource
@@ -85,6 +87,12 @@ class Parts:
             discovery = DnsDiscovery(source, names, self._reactor, self._phase)
         return discovery
 
+    def resolve(self, name: str) -> Deferred[Collection[str]]:
+        """Return the addresses of a name, as the system knows them."""
+        receiver = _Addresses()
+        self._reactor.nameResolver.resolveHostName(receiver, name)
+        return receiver.found
+
     def way_to_pods(self, tls: PodTls | None) -> EndpointFor:
         """
         Return what makes the endpoints of pods.
@@ -111,6 +119,27 @@ class Parts:
         kind = TCP4ClientEndpoint if version == 4 else TCP6ClientEndpoint
         endpoint: IStreamClientEndpoint = kind(self._reactor, host, port, timeout)
         return endpoint
+
+
+@implementer(IResolutionReceiver)
+class _Addresses:
+    """Collects what a name resolves to."""
+
+    def __init__(self) -> None:
+        self.found: Deferred[Collection[str]] = Deferred()
+        self._addresses: list[str] = []
+
+    def resolutionBegan(self, resolutionInProgress: Any) -> None:
+        """Do nothing."""
+
+    def addressResolved(self, address: Any) -> None:
+        """Take one address."""
+        if address.host not in self._addresses:
+            self._addresses.append(address.host)
+
+    def resolutionComplete(self) -> None:
+        """Hand them over."""
+        self.found.callback(self._addresses)
 
 
 def make_routers(config: Config, pods: PodsOf) -> list[tuple[str, IRouter]]:

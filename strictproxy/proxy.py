@@ -20,7 +20,9 @@ from twisted.logger import Logger
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
+from strictproxy.answering import Answering, request_info
 from strictproxy.config.model import ClientConfig, Match, RouteConfig
+from strictproxy.detaching import Submission, wants_to_detach
 from strictproxy.errors import (
     ExchangeTimeout,
     NoRoute,
@@ -38,6 +40,12 @@ from strictproxy.logs import AccessRecord
 from strictproxy.metrics import Counters
 from strictproxy.routing import RouteTable
 from strictproxy.scheduling import Address
+from strictproxy.task_pages import TaskPages
+from strictproxy.tasks.aftermath import Aftermath
+from strictproxy.tasks.callbacks import Callbacks
+from strictproxy.tasks.detached import DetachedTask, DetachedTasks
+from strictproxy.tasks.record import DetachedRecord
+from strictproxy.tasks.stored_request import StoredRequest
 from strictproxy.tasks.task import TrackedTask
 from strictproxy.tasks.tracked import CALLBACK_PATH, TrackedTasks
 from strictproxy.tracing import Tracing
@@ -45,6 +53,8 @@ from strictproxy.upstream import Upstream
 
 _log = Logger()
 
+#: What begins like this may be for us.
+_OUR_PATHS = b"/.strictproxy/"
 _CALLBACK = CALLBACK_PATH.encode()
 
 #: So many of the errors that clients got are kept, for people to see.
@@ -77,13 +87,20 @@ class ProxyResource(Resource):
         self.tracing: Tracing | None = None
         self.tasks = TrackedTasks(clock, random.random)
         self.tasks.on_end = self._task_ended
+        #: detached requests, the pages about them, and who is told of them, if there are any
+        self.detached: DetachedTasks | None = None
+        self.pages: TaskPages | None = None
+        self.callbacks: Callbacks | None = None
+        #: slots that a crash left in use
+        self.held: set[Aftermath] = set()
+        self._clock = clock
         self.next_number = itertools.count(1).__next__
         #: the errors that clients got last: time, reason, route, pod
         self.errors: deque[tuple[float, str, str, str | None]] = deque(maxlen=_ERRORS)
         #: exchanges that have not finished
-        self.running: set[Exchange] = set()
+        self.running: set[Exchange | Submission] = set()
         #: exchanges of routes with a time-out for the whole of them, by route
-        self._timeouts: dict[str, Timeouts[Exchange]] = {}
+        self._timeouts: dict[str, Timeouts[Answering]] = {}
         self.configure(upstreams, routes, routers, log_access, client or ClientConfig())
 
     def configure(
@@ -121,8 +138,17 @@ class ProxyResource(Resource):
                 self._timeouts.setdefault(name, Timeouts(timeout)).seconds = timeout
 
     def _task_ended(self, task: TrackedTask) -> None:
-        counters = self.counters.of(task.route.name)
-        counters.tasks[task.state.value] = counters.tasks.get(task.state.value, 0) + 1
+        self._count_task(task.route.name, task.state.value)
+
+    def detached_ended(self, task: DetachedTask) -> None:
+        """Take note of a detached request that has ended."""
+        self._count_task(task.record.route, task.record.state.value)
+        if self.callbacks is not None:
+            self.callbacks.tell(task)
+
+    def _count_task(self, route: str, outcome: str) -> None:
+        tasks = self.counters.of(route).tasks
+        tasks[outcome] = tasks.get(outcome, 0) + 1
 
     def forwarding_about(self, route: RouteConfig) -> Forwarding:
         """Return how calls about the tasks of a route are forwarded: as they are."""
@@ -131,13 +157,51 @@ class ProxyResource(Resource):
 
     def render(self, request: ClientRequest) -> int:
         """Take a request; the answer comes when it comes."""
-        if request.head.target.startswith(_CALLBACK):
-            path = request.head.target.partition(b"?")[0].decode("latin-1")
-            known = self.tasks.called_back(path)
-            Reply(request, 204 if known else 404)
+        head = request.head
+        if head.target.startswith(_OUR_PATHS) and self._is_ours(request):
+            return NOT_DONE_YET
+        if self.detached is not None and head.get(b"prefer") is not None and self._detach(request):
             return NOT_DONE_YET
         Exchange(self, request).start()
         return NOT_DONE_YET
+
+    def _is_ours(self, request: ClientRequest) -> bool:
+        """Answer what is about tasks."""
+        target = request.head.target
+        if target.startswith(_CALLBACK):
+            known = self.tasks.called_back(target.partition(b"?")[0].decode("latin-1"))
+            Reply(request, lambda reply: reply.send(204 if known else 404))
+            return True
+        if self.pages is not None and self.pages.owns(target):
+            self.pages.serve(request)
+            return True
+        return False
+
+    def _detach(self, request: ClientRequest) -> bool:
+        """Accept a request that is to be answered later, if its client and its route want that."""
+        preferences = wants_to_detach(request)
+        if preferences is None or self.detached is None:
+            return False
+        try:
+            forwarding, _ = self.choose(request_info(request.head, request.client))
+        except ProxyError:
+            return False  # an exchange will say so
+        if forwarding.route.detach is None:
+            return False
+        upstream = self.upstreams[forwarding.route.upstream]
+        Submission(self, self.detached, request, forwarding, upstream, preferences).start()
+        return True
+
+    def make_run(self, request: StoredRequest) -> Exchange:
+        """Return the exchange of a detached request."""
+        return Exchange(self, request)
+
+    def hold(self, record: DetachedRecord) -> None:
+        """Hold the slot of a detached request that a crash interrupted."""
+        upstream = self.upstreams.get(record.upstream)
+        if upstream is not None and record.pod is not None:
+            number = self.next_number()
+            self.held.add(Aftermath(record, upstream, number, self._clock, self.held.discard))
 
     def make_spool(self, request: Request) -> Spool:
         """Return what receives a whole body."""
@@ -151,30 +215,30 @@ class ProxyResource(Resource):
 
     def cancel(self, number: int, error: ProxyError) -> bool:
         """End one exchange; returns False if it has ended or never was."""
-        for exchange in self.running:
-            if exchange.number == number:
-                exchange.abandon(error)
+        for each in (*self.running, *self.held):
+            if each.number == number:
+                each.abandon(error)
                 return True
         return self.tasks.cancel(number, error)
 
     def uses(self, upstream: Upstream) -> bool:
         """Whether an exchange that has not finished is on an upstream."""
-        running = any(exchange.upstream is upstream for exchange in self.running)
+        running = any(each.upstream is upstream for each in (*self.running, *self.held))
         return running or self.tasks.uses(upstream)
 
-    def begin(self, exchange: Exchange, route: RouteConfig) -> None:
+    def begin(self, exchange: Exchange | Submission, route: RouteConfig) -> None:
         """Take note of an exchange whose route has been found."""
         self.running.add(exchange)
         if exchange.bounded:
             self.limit_time(exchange, route)
 
-    def limit_time(self, exchange: Exchange, route: RouteConfig) -> None:
+    def limit_time(self, exchange: Answering, route: RouteConfig) -> None:
         """Count the time that a route allows from now on."""
         timeouts = self._timeouts.get(route.name)
         if timeouts is not None:
             timeouts.start(exchange, self.now())
 
-    def ended(self, exchange: Exchange) -> None:
+    def ended(self, exchange: Exchange | Submission) -> None:
         """Forget an exchange."""
         self.running.discard(exchange)
         self.tasks.submit_ended(exchange.number)
@@ -189,6 +253,8 @@ class ProxyResource(Resource):
         """End the exchanges that have taken too long; to be called now and then."""
         now = self.now()
         self.tasks.sweep()
+        if self.detached is not None:
+            self.detached.sweep()
         for name, timeouts in self._timeouts.items():
             for exchange in timeouts.expire(now):
                 exchange.abandon(ExchangeTimeout(f"route {name} allows {timeouts.seconds:g} s"))

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -29,14 +30,14 @@ from twisted.python.failure import Failure
 from twisted.python.usage import Options as TwistedOptions
 from twisted.python.usage import UsageError
 
-from strictproxy.admin.access import Access
+from strictproxy.admin.access import Access, Refused
 from strictproxy.admin.documents import compact_document
 from strictproxy.admin.events import Events
 from strictproxy.admin.resources import QuietSite, make_admin
 from strictproxy.config import Config
 from strictproxy.config.changes import changes
 from strictproxy.config.file import ConfigFile
-from strictproxy.config.model import AdminConfig, ListenConfig, LogConfig
+from strictproxy.config.model import AdminConfig, ListenConfig, LogConfig, TasksConfig
 from strictproxy.errors import Cancelled, ConfigError, ShuttingDown
 from strictproxy.http.site import StrictSite
 from strictproxy.http.tls import ServerCertificates
@@ -47,7 +48,11 @@ from strictproxy.parts import Parts, make_routers
 from strictproxy.process import descriptors, spare_the_collector, within_descriptors
 from strictproxy.proxy import ProxyResource
 from strictproxy.scheduling import Address
-from strictproxy.tasks.store import SqliteStore, StoreError
+from strictproxy.task_pages import TaskPages
+from strictproxy.tasks.callbacks import Callbacks
+from strictproxy.tasks.detached import DetachedTasks
+from strictproxy.tasks.files import TaskFiles
+from strictproxy.tasks.store import Record, SqliteStore, StoreError, StoreInUse
 from strictproxy.tracing import Tracing, make_provider
 from strictproxy.upstream import Upstream
 
@@ -56,6 +61,8 @@ _log = Logger()
 _POOL_SWEEP = 0.5
 #: How often the configuration and certificate files are looked at, seconds.
 _LOOK_EVERY = 5.0
+#: How often a store that another process has is tried, seconds.
+_STORE_WAIT = 0.5
 #: Seconds that the last spans get to be exported.
 _EXPORT = 5.0
 
@@ -208,26 +215,71 @@ class ProxyService(Service):
         self.site.start()
         self._sweeper.start(_POOL_SWEEP, now=False).addErrback(_log_failure)
         self._looker.start(_LOOK_EVERY, now=False).addErrback(_log_failure)
-        await self._restore_tasks()
+        if self.config.tasks is not None:
+            await self._restore_tasks(self.config.tasks)
         for upstream in self.upstreams.values():
             upstream.start()
         await self._listen(self.config, self._certificates, self.admin)
 
-    async def _restore_tasks(self) -> None:
+    async def _restore_tasks(self, config: TasksConfig) -> None:
         """Hold the slots of tasks that run, before anything is dispatched."""
-        if self.config.tasks is None:
-            return
-        store = SqliteStore(self.config.tasks.directory, self._reactor)
+        proxy = self.proxy
+        store = SqliteStore(config.directory, self._reactor)
+        files = TaskFiles(config.directory)
+        detached = DetachedTasks(
+            config, store, files, self._reactor, proxy.make_run, proxy.detached_ended
+        )
         try:
-            records = await store.load()
-        except StoreError:
+            records = await self._load(store)
+            documents = await store.load_detached()
+            callbacks = self._make_callbacks(config, detached)
+            # A task that is no good is told before any file is removed.
+            waiting = detached.restore(documents, proxy.hold)
+            await deferToThreadPool(
+                self._reactor, self._reactor.getThreadPool(), files.prepare, *detached.names()
+            )
+        except (StoreError, ConfigError, OSError):
             # To go on without it would be to forget which slots are taken.
             store.stop()
             raise
-        self.proxy.tasks.store = store
-        self.proxy.tasks.restore(
-            records, self.config.routes, self.upstreams, self.proxy.next_number
-        )
+        proxy.tasks.store = store
+        proxy.tasks.restore(records, self.config.routes, self.upstreams, proxy.next_number)
+        proxy.detached, proxy.callbacks = detached, callbacks
+        proxy.pages = TaskPages(detached, self._reactor, self._may_list)
+        for task in waiting:
+            detached.begin(task)
+        if callbacks is not None:
+            for task in detached:
+                if task.ended:
+                    callbacks.tell(task)
+
+    def _make_callbacks(self, config: TasksConfig, detached: DetachedTasks) -> Callbacks | None:
+        if config.callbacks is None:
+            return None
+        return Callbacks(config.callbacks, self._reactor, self._parts.resolve, detached.save)
+
+    def _may_list(self, authorization: str | None) -> tuple[int, str] | None:
+        """Return why somebody may not see the tasks of all clients, or None."""
+        if self.config.admin is None:
+            return 403, "listing tasks needs admin.token_file in the configuration"
+        try:
+            # Where clients are, being near is no reason for trust.
+            Access(self.config.admin).check(authorization, changes=True)
+        except Refused as error:
+            return error.status, str(error)
+        return None
+
+    async def _load(self, store: SqliteStore) -> list[Record]:
+        """Read what was running; while another process has it, as during a change-over, wait."""
+        told = False
+        while True:
+            try:
+                return await store.load()
+            except StoreInUse as error:
+                if not told:
+                    _log.warn("waiting: {error}", error=error)
+                told = True
+                await deferLater(self._reactor, _STORE_WAIT)
 
     def _make_admin(self, config: AdminConfig | None) -> QuietSite | None:
         if config is None:
@@ -319,8 +371,12 @@ class ProxyService(Service):
         """
         old = self.config
         # What can fail, first: nothing that is used now is touched.
-        if config.tasks != old.tasks:
+        if _directory(config) != _directory(old):
             raise ConfigError("tasks.directory cannot change while the proxy runs")
+        detached, old_callbacks = self.proxy.detached, self.proxy.callbacks
+        callbacks, tasks = old_callbacks, config.tasks
+        if tasks is not None and tasks != old.tasks and detached is not None:
+            callbacks = self._make_callbacks(tasks, detached)
         routers = make_routers(config, self._pods_of)
         kept = self._find_kept(config)
         ways = {
@@ -365,6 +421,10 @@ class ProxyService(Service):
             self.upstreams, config.routes, routers, _access_log(config.log), config.client
         )
         self.proxy.tracing = tracing
+        if tasks is not None and detached is not None:
+            detached.config = tasks
+        if callbacks is not old_callbacks:
+            self._change_callbacks(old_callbacks, callbacks)
         if old_tracing is not None and old_tracing is not tracing:
             self._stop_tracing(old_tracing)
         self.site.configure(within_descriptors(config.client, descriptors()))
@@ -372,6 +432,14 @@ class ProxyService(Service):
         self._configured_at = self._reactor.seconds()
         self.config = config
         return changes(old, config)
+
+    def _change_callbacks(self, old: Callbacks | None, new: Callbacks | None) -> None:
+        self.proxy.callbacks = new
+        if old is not None:
+            old.stop()
+        for task in self.proxy.detached or () if new is not None else ():
+            if task.ended and new is not None:
+                new.tell(task)
 
     def _find_kept(self, config: Config) -> dict[str, Upstream]:
         """
@@ -412,10 +480,20 @@ class ProxyService(Service):
         # Whoever looks, and whoever drains, still can.
         await self._listeners.change(admin, shared=self.config.reuse_port)
         self.site.close_idle()
+        proxy = self.proxy
+        if proxy.detached is not None:
+            # Those that wait are on the disk: they go on after the restart.
+            proxy.detached.withdraw()
         await self._drained()
-        for exchange in list(self.proxy.running):
+        if proxy.detached is not None:
+            proxy.detached.stop()
+        if proxy.callbacks is not None:
+            proxy.callbacks.stop()
+        if proxy.pages is not None:
+            proxy.pages.stop()
+        for exchange in (*proxy.running, *proxy.held):
             exchange.abandon(ShuttingDown("the proxy is shutting down"))
-        self.proxy.tasks.stop()
+        proxy.tasks.stop()
         self._events.stop()
         await self._listeners.close()
         for upstream in (*self.upstreams.values(), *self._retired):
@@ -438,14 +516,19 @@ class ProxyService(Service):
     async def _drained(self) -> None:
         """Wait until nothing runs or waits, at most `drain_timeout`."""
         deadline = self._reactor.seconds() + self.config.drain_timeout
-        proxy = self.proxy
+        proxy, detached = self.proxy, self.proxy.detached
         if proxy.running or len(proxy.tasks):
             _log.info(
                 "draining {count} requests and {tasks} tasks",
                 count=len(proxy.running),
                 tasks=len(proxy.tasks),
             )
-        while (proxy.running or len(proxy.tasks)) and self._reactor.seconds() < deadline:
+
+        def busy() -> bool:
+            written = detached is None or not detached.running
+            return bool(proxy.running or len(proxy.tasks) or not written)
+
+        while busy() and self._reactor.seconds() < deadline:
             await deferLater(self._reactor, 0.05)
 
     # -- what operators may do; see `strictproxy.admin.api.Control`
@@ -495,7 +578,20 @@ class ProxyService(Service):
             reloads=self.reloads,
             reload_failed=self.reload_error is not None,
             configured_at=self._configured_at,
+            tasks=self._active_tasks(),
+            task_bytes=0 if self.proxy.detached is None else self.proxy.detached.size,
+            callbacks={} if self.proxy.callbacks is None else self.proxy.callbacks.outcomes,
         )
+
+    def _active_tasks(self) -> dict[tuple[str, str, str], int]:
+        found: Counter[tuple[str, str, str]] = Counter()
+        for task in self.proxy.tasks:
+            found[task.upstream.name, task.route.name, task.state.value] += 1
+        for each in self.proxy.detached or ():
+            if not each.ended:
+                record = each.record
+                found[record.upstream, record.route, record.state.value] += 1
+        return found
 
     # -- now and then
 
@@ -512,6 +608,10 @@ class ProxyService(Service):
             if not self.proxy.uses(upstream):
                 self._retired.remove(upstream)
                 upstream.stop()
+
+
+def _directory(config: Config) -> str | None:
+    return None if config.tasks is None else config.tasks.directory
 
 
 def _routes_to(config: Config, upstream: str) -> list[Any]:

@@ -46,6 +46,8 @@ _log = Logger()
 
 #: More than this in a header is a mistake, not a limit.
 _MOST_SAID = 100_000
+#: Places in the line are told as they were so long ago at most, seconds.
+_PLACES_FOR = 1.0
 
 
 class LeaseOwner(Protocol):
@@ -116,6 +118,9 @@ class Upstream:
         #: since when pods are gone that still run requests
         self._gone: dict[Address, float] = {}
         self._checker = self._make_checker(endpoint_for)
+        #: places in the line by number, and when they were looked up
+        self._places: dict[int, int] = {}
+        self._placed = float("-inf")
         self._timer: IDelayedCall | None = None
         self._pod_timer: IDelayedCall | None = None
 
@@ -378,6 +383,23 @@ class Upstream:
         ]
         leases.sort(key=lambda lease: lease.granted)
         return [_request(lease.ticket, lease.address, now - lease.granted) for lease in leases]
+
+    def place(self, number: int) -> tuple[int, float | None] | None:
+        """
+        Return a waiting owner's place in the line, from 1, and likely seconds until its turn.
+
+        Places are looked up once a second at most: many may ask.
+        """
+        now = self._clock.seconds()
+        if now - self._placed >= _PLACES_FOR or now < self._placed:
+            tickets = self.scheduler.tickets()
+            self._places = {
+                cast("LeaseOwner", ticket.owner).number: place
+                for place, ticket in enumerate(tickets, 1)
+            }
+            self._placed = now
+        place = self._places.get(number)
+        return None if place is None else (place, self.scheduler.turn_after(place))
 
     def waiting(self, most: int) -> list[RequestSnapshot]:
         """Return those first in line, in order."""

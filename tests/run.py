@@ -25,6 +25,8 @@ PURE = (
     "strictproxy/http/framing.py",
     "strictproxy/forwarding.py",
     "strictproxy/http/heads.py",
+    "strictproxy/http/preferences.py",
+    "strictproxy/http/ranges.py",
     "strictproxy/http/peer.py",
     "strictproxy/http/problems.py",
     "strictproxy/http/timeouts.py",

@@ -151,10 +151,14 @@ class AdminTestCase(TestCase):
         is_json = answer.headers.getRawHeaders("content-type", [""])[0] == "application/json"
         return answer.code, json.loads(text) if is_json and text else text
 
-    async def client(self, path: str) -> Wire:
+    async def connect(self) -> Wire:
         endpoint = TCP4ClientEndpoint(reactor, *self.traffic)
         wire: Wire = await endpoint.connect(Factory.forProtocol(Wire))  # type: ignore[assignment]
         self.wires.append(wire)
+        return wire
+
+    async def client(self, path: str) -> Wire:
+        wire = await self.connect()
         wire.send(request(path, "X-Request-Id: mine"))
         return wire
 

@@ -23,8 +23,10 @@ from strictproxy.config import (
 )
 from strictproxy.config.model import (
     AdminConfig,
+    CallbacksConfig,
     CertificateFiles,
     CheckConfig,
+    DetachConfig,
     Family,
     KubernetesSource,
     ListenConfig,
@@ -35,6 +37,7 @@ from strictproxy.config.model import (
     TaskDone,
     TaskId,
     TaskPoll,
+    TasksConfig,
     TracingConfig,
 )
 from strictproxy.config.units import parse_duration, parse_size
@@ -299,6 +302,27 @@ BROKEN: list[tuple[str, str, str]] = [
         "task that nobody knows to be done",
         task("{id: {json: /a}}"),
         "f:5:35: routes[0].task: nothing says when a task is done: 'poll', 'callback' or 'done'",
+    ),
+    (
+        "detach without a place for it",
+        routes("{path: /a, upstream: u, detach: true}"),
+        "f:5:29: routes[0].detach: needs 'tasks: {directory: ...}' at the top, to keep them in",
+    ),
+    (
+        "detach and task",
+        routes("{path: /a, upstream: u, detach: {}, task: {id: {json: /a}, done: {status: 200}}}")
+        + "tasks: {directory: /d}\n",
+        "f:5:29: routes[0].detach: 'task' and 'detach' exclude each other",
+    ),
+    (
+        "callbacks that nobody signs",
+        TOP + ROUTE + "tasks: {directory: /d, callbacks: {hosts: [a]}}\n",
+        "f:6:35: tasks.callbacks: 'secret_file' is missing",
+    ),
+    (
+        "callbacks to what is no host",
+        TOP + ROUTE + "tasks: {directory: /d, callbacks: {secret_file: s, hosts: [a/b]}}\n",
+        "f:6:60: tasks.callbacks.hosts[0]: 'a/b' is neither a host name nor *.suffix (and takes no port)",
     ),
     (
         "poll without done",
@@ -745,6 +769,38 @@ routes:
         ):
             (route,) = parse(task(written), "f").routes
             self.assertEqual(route.task, expected)
+
+    def test_detach(self) -> None:
+        """Everything that is said about detached requests."""
+        tasks = (
+            "tasks: {directory: /d, keep: 2h, max_count: 5, max_size: 1MiB, callbacks:"
+            " {hosts: [a, '*.b'], secret_file: /s, header: X-Tell, forbid: [10.0.0.0/8],"
+            " give_up: 1m}}\n"
+        )
+        for written, expected in (
+            ("true", DetachConfig()),
+            ("false", None),
+            ("{}", DetachConfig()),
+            (
+                "{repeat: true, max_result: 1KiB, limit_wait: 1h, hold_interrupted: 5s}",
+                DetachConfig(True, 1024, 3600.0, 5.0),
+            ),
+        ):
+            config = parse(routes(f"{{path: /a, upstream: u, detach: {written}}}") + tasks, "f")
+            self.assertEqual(config.routes[0].detach, expected)
+        networks = (ip_network("10.0.0.0/8"),)
+        self.assertEqual(
+            config.tasks,
+            TasksConfig(
+                "/d",
+                7200.0,
+                5,
+                2**20,
+                CallbacksConfig(("a", "*.b"), "/s", "X-Tell", networks, 60.0),
+            ),
+        )
+        config = parse(TOP + ROUTE + "tasks: {directory: /d}\n", "f")
+        self.assertEqual(config.tasks, TasksConfig("/d"))
 
     def test_check(self) -> None:
         """Everything that a check can say."""

@@ -17,7 +17,7 @@ PURE = [
     PACKAGE / "discovery" / "resolv_conf.py",
     *(
         PACKAGE / "http" / f"{name}.py"
-        for name in ("framing", "heads", "peer", "problems", "timeouts")
+        for name in ("framing", "heads", "peer", "preferences", "problems", "ranges", "timeouts")
     ),
     PACKAGE / "forwarding.py",
 ]

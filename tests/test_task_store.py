@@ -13,7 +13,7 @@ from twisted.trial.unittest import TestCase
 from strictproxy.config.file import ConfigFile
 from strictproxy.scheduling import Address, Lease, Scheduler
 from strictproxy.service import ProxyService
-from strictproxy.tasks.store import Record, SqliteStore, StoreError
+from strictproxy.tasks.store import Record, SqliteStore, StoreError, StoreInUse
 from tests.harness import Wire, response
 from tests.test_admin import AdminTestCase
 
@@ -51,11 +51,57 @@ class SqliteStoreTests(TestCase):
         """Folders that are missing and files that are none are told, with their names."""
         store = SqliteStore(str(self.folder / "none"), reactor)
         self.addCleanup(store.stop)
-        with self.assertRaisesRegex(StoreError, "none/tasks.sqlite: unable to open"):
+        with self.assertRaisesRegex(StoreError, "none/tasks.sqlite: .*No such file"):
             await store.load()
+        store.stop()
         (self.folder / "tasks.sqlite").write_bytes(b"no database" * 1000)
         with self.assertRaisesRegex(StoreError, "file is not a database"):
             await self.store().load()
+
+    async def test_detached(self) -> None:
+        """Documents are there as they were put last, in the order of their numbers."""
+        store = self.store()
+        for number, task_id in ((2, "b"), (1, "a"), (3, "c")):
+            await store.put_detached({"id": task_id, "seq": number, "x": "\xff\u20ac"})
+        both = [
+            store.put_detached({"id": "a", "seq": 1, "state": "done"}), store.remove_detached("b"),
+        ]  # fmt: skip
+        for done in both:
+            await done
+        await store.remove_detached("nobody")
+        store.stop()
+        store = self.store()
+        self.assertEqual(
+            await store.load_detached(),
+            [{"id": "a", "seq": 1, "state": "done"}, {"id": "c", "seq": 3, "x": "\xff\u20ac"}],
+        )
+
+    async def test_stop_writes(self) -> None:
+        """What was asked for before it stops is done."""
+        store = self.store()
+        await store.load()
+        done = [store.put_detached({"id": f"{n}", "seq": n}) for n in range(5)]
+        store.stop()
+        for each in done:
+            await each
+        self.assertEqual(len(await self.store().load_detached()), 5)
+
+    async def test_in_use(self) -> None:
+        """A second process cannot have it, until the first ends."""
+        first, second = self.store(), self.store()
+        await first.load()
+        with self.assertRaisesRegex(StoreInUse, "lock: another process has it"):
+            await second.load()
+        first.stop()
+        self.assertEqual(await second.load(), [])
+
+    async def test_unreadable_document(self) -> None:
+        """A document that is none is told."""
+        store = self.store()
+        await store.load()
+        await store._write("INSERT INTO detached VALUES ('a', 1, '{')", ())
+        with self.assertRaisesRegex(StoreError, "detached request cannot be read"):
+            await store.load_detached()
 
     async def test_of_another_version(self) -> None:
         """A layout that is not ours is left alone."""
@@ -204,7 +250,8 @@ class RestartTests(AdminTestCase):
         file = ConfigFile(self.path)
         service = ProxyService(file.read(), reactor, file)
         with self.assertRaisesRegex(StoreError, "not a database"):
-            await service._restore_tasks()
+            assert service.config.tasks is not None
+            await service._restore_tasks(service.config.tasks)
         service._parts.stop()
 
     async def test_failing_store(self) -> None:

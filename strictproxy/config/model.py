@@ -299,6 +299,21 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class DetachConfig:
+    """A route whose clients need not wait for their answer (`Prefer: respond-async`)."""
+
+    #: a request that was interrupted may be given to a pod again
+    repeat: bool = False
+    #: bytes of the pod's answer
+    max_result: int = 2**30
+    #: it waits for a slot so long at most
+    limit_wait: float = 24 * 3600.0
+    #: after a crash, the slots of those that ran are taken for in use so long, since
+    #: pods may go on although nobody listens any more
+    hold_interrupted: float = 0.0
+
+
+@dataclass(frozen=True)
 class RouteConfig:
     """What matches a request, and what is done with it."""
 
@@ -321,6 +336,7 @@ class RouteConfig:
     #: the whole exchange, waiting included
     timeout: float | None = None
     task: TaskConfig | None = None
+    detach: DetachConfig | None = None
 
 
 #: Networks inside which addresses are private: those of a cluster, in practice.
@@ -416,11 +432,49 @@ class TracingConfig:
     service: str = "strictproxy"
 
 
+#: Addresses that nobody may have called: this machine, its link, and no address at all.
+LOCAL_NETWORKS = tuple(
+    ip_network(text)
+    for text in (
+        "0.0.0.0/8",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "224.0.0.0/3",
+        "::/127",
+        "fe80::/10",
+        "ff00::/8",
+    )
+)
+
+
+@dataclass(frozen=True)
+class CallbacksConfig:
+    """Whom clients may have told that a detached request has ended."""
+
+    #: exact names, or `*.suffix`
+    hosts: tuple[str, ...]
+    #: a file with the key that signs what is sent
+    secret_file: str
+    #: request header that names the URL, besides the parameter of the preference
+    header: str = "X-Callback-Url"
+    #: addresses that are never called, whatever a name resolves to
+    forbid: tuple[IPv4Network | IPv6Network, ...] = LOCAL_NETWORKS
+    #: who has not answered well for so long is not called again
+    give_up: float = 3600.0
+
+
 @dataclass(frozen=True)
 class TasksConfig:
-    """Where tasks are kept over a restart."""
+    """Where tasks are kept over a restart, and how many."""
 
     directory: str
+    #: detached requests that have ended, and their results, are kept so long
+    keep: float = 24 * 3600.0
+    #: of them, those that wait and run included
+    max_count: int = 10_000
+    #: bytes of all their bodies and results
+    max_size: int = 10 * 2**30
+    callbacks: CallbacksConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import yaml
 from strictproxy.config import kinds, reader
 from strictproxy.config.model import (
     Body,
+    DetachConfig,
     HeaderEdits,
     Match,
     OnDisconnect,
@@ -76,6 +77,32 @@ def _route_config(part: Section) -> RouteConfig:
         retry=frozenset(part.take("retry", reader.one_or_more(kinds.method), ())),
         timeout=part.take("timeout", reader.duration, None),
         task=part.take("task", reader.section(_task), None),
+        detach=_detach_of(part),
+    )
+
+
+def _detach_of(part: Section) -> DetachConfig | None:
+    detach: DetachConfig | None = part.take("detach", _detach, None)
+    if detach is not None and "task" in part:
+        part.note("detach", "'task' and 'detach' exclude each other")
+    return detach
+
+
+def _detach(document: Document, node: yaml.Node, path: str) -> DetachConfig | None:
+    """`true`, or a mapping of what is different from the defaults."""
+    if isinstance(node, yaml.MappingNode):
+        return reader.section(_detach_section)(document, node, path)
+    return DetachConfig() if reader.boolean(document, node, path) else None
+
+
+def _detach_section(part: Section) -> DetachConfig:
+    default = DetachConfig()
+    hold = part.take("hold_interrupted", reader.or_off(reader.duration), None)
+    return DetachConfig(
+        repeat=part.take("repeat", reader.boolean, default.repeat),
+        max_result=part.take("max_result", reader.size, default.max_result),
+        limit_wait=part.take("limit_wait", reader.duration, default.limit_wait),
+        hold_interrupted=hold or 0.0,
     )
 
 

@@ -17,6 +17,7 @@ from strictproxy.config import kinds, reader, routes_schema
 from strictproxy.config.model import (
     AccessFormat,
     AdminConfig,
+    CallbacksConfig,
     CertificateFiles,
     CheckConfig,
     ClientConfig,
@@ -120,6 +121,9 @@ def _config(top: Section) -> Config:
     )
     if not top.failed:
         routes_schema.check_routes(top.document, routes, config.upstreams)
+        for part, route in routes:
+            if route.detach is not None and config.tasks is None:
+                part.note("detach", "needs 'tasks: {directory: ...}' at the top, to keep them in")
         if not routes and not routers and "routes" not in top and "routers" not in top:
             top.note(None, "neither 'routes' nor 'routers': no request could go anywhere")
     return config
@@ -363,7 +367,25 @@ def _tracing(part: Section) -> TracingConfig:
 
 
 def _tasks(part: Section) -> TasksConfig:
-    return TasksConfig(directory=part.take("directory", reader.text))
+    default = TasksConfig("")
+    return TasksConfig(
+        directory=part.take("directory", reader.text),
+        keep=part.take("keep", reader.duration, default.keep),
+        max_count=part.take("max_count", reader.whole(1), default.max_count),
+        max_size=part.take("max_size", reader.size, default.max_size),
+        callbacks=part.take("callbacks", reader.section(_callbacks), None),
+    )
+
+
+def _callbacks(part: Section) -> CallbacksConfig:
+    default = CallbacksConfig((), "")
+    return CallbacksConfig(
+        hosts=part.take("hosts", reader.one_or_more(kinds.host_pattern)),
+        secret_file=part.take("secret_file", reader.text),
+        header=part.take("header", kinds.header_name, default.header),
+        forbid=part.take("forbid", reader.items(kinds.network), default.forbid),
+        give_up=part.take("give_up", reader.duration, default.give_up),
+    )
 
 
 def named(

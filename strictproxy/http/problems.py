@@ -38,6 +38,7 @@ def problem_fields(error: ProxyError, body: bytes, retry_after: float | None = N
         b"Cache-Control: no-store\r\n",
         b"X-Strictproxy-Reason: %b\r\n" % error.reason.encode(),
     ]
+    lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in error.fields]
     if retry_after is not None:
         lines.append(b"Retry-After: %d\r\n" % ceil(retry_after))
     return lines

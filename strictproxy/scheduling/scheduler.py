@@ -250,10 +250,15 @@ class Scheduler:
 
     def retry_after(self) -> float:
         """Seconds after which a slot will likely be free for one who comes now."""
+        seconds = self.turn_after(self.waiting + 1)
+        return 1.0 if seconds is None else max(1.0, seconds)
+
+    def turn_after(self, place: int) -> float | None:
+        """Seconds after which it will likely be the turn of that place; None if nobody knows."""
         slots = sum(pod.limit for pod in self._pods.values() if pod.open)
         if not slots or self.mean_service is None:
-            return 1.0
-        return max(1.0, self.mean_service * (self.waiting + 1) / slots)
+            return None
+        return self.mean_service * place / slots
 
     # -- looking in
 

@@ -1,31 +1,51 @@
 """
 Tasks on disk, so that a restart knows of them.
 
-SQLite in a thread of its own; whoever asks gets Deferreds. A record is written
-when its task is known and taken out when the task has ended, so what is found at
-the start is what was running.
+SQLite in a thread of its own; whoever asks gets Deferreds. What is written at
+the same time is committed at once, since it is the disk that takes its time.
+
+A tracked task's record is written when it is known and taken out when it has
+ended, so what is found at the start is what was running. A detached request's
+is written before its client hears of it, and at each change of its state.
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.threads import deferToThreadPool
+from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 T = TypeVar("T")
 
-#: Of the file's layout.
-_VERSION = 1
+#: Statements with their values, to be carried out together.
+Work = tuple[str, tuple[Any, ...]]
+
+#: Of the file's layout; each one has all that those before had.
+_VERSION = 2
+_LAYOUT = (
+    "CREATE TABLE IF NOT EXISTS tracked (route TEXT, upstream TEXT, task_id TEXT,"
+    " host TEXT, port INTEGER, client TEXT, request_id TEXT, since REAL,"
+    " token TEXT, PRIMARY KEY (route, task_id, host, port))",
+    "CREATE TABLE IF NOT EXISTS detached (id TEXT PRIMARY KEY, seq INTEGER, document TEXT)",
+)
 
 
 class StoreError(Exception):
     """The store cannot be used; the text says which file, and why."""
+
+
+class StoreInUse(StoreError):
+    """Another process uses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +69,30 @@ class ITaskStore(Protocol):
     """Where tasks are kept. In a file is one way; in Redis, for several replicas, another."""
 
     def load(self) -> Deferred[list[Record]]:
-        """Return what was running, the oldest first. Fails with `StoreError`."""
+        """
+        Return what was running, the oldest first.
+
+        Fails with `StoreError`: with `StoreInUse` if it may go well a while later.
+        """
 
     def add(self, record: Record) -> Deferred[None]:
         """Remember a task. Fails with `StoreError`."""
 
     def remove(self, record: Record) -> Deferred[None]:
         """Forget a task; it need not be there. Fails with `StoreError`."""
+
+    def load_detached(self) -> Deferred[list[Mapping[str, Any]]]:
+        """Return the documents of all detached requests, in order. Fails with `StoreError`."""
+
+    def put_detached(self, document: Mapping[str, Any]) -> Deferred[None]:
+        """
+        Remember a detached request as it is now, by its `id`; `seq` is its place in the order.
+
+        When this fires it is there after a power cut. Fails with `StoreError`.
+        """
+
+    def remove_detached(self, task_id: str) -> Deferred[None]:
+        """Forget one; it need not be there. Fails with `StoreError`."""
 
     def stop(self) -> None:
         """Finish what has been asked for, and close."""
@@ -75,31 +112,93 @@ class SqliteStore:
         self._pool = ThreadPool(1, 1, "tasks")
         self._connection: sqlite3.Connection | None = None
         self._stopped = False
+        #: what is to be written, and who waits for it
+        self._work: list[tuple[Work, Deferred[None]]] = []
+        self._writing = False
+        self._timer: IDelayedCall | None = None
+        #: held for as long as the file is open: two processes would run everything twice
+        self._lock: IO[bytes] | None = None
         self._pool.start()
 
     def load(self) -> Deferred[list[Record]]:
         """Return what was running; see `ITaskStore`."""
-        return self._run(self._load)
+        return self._read(self._load)
 
     def add(self, record: Record) -> Deferred[None]:
         """Remember a task; see `ITaskStore`."""
         marks = ", ".join("?" for _ in fields(Record))
         statement = f"INSERT OR REPLACE INTO tracked VALUES ({marks})"
-        return self._run(lambda connection: self._execute(connection, statement, astuple(record)))
+        return self._write(statement, astuple(record))
 
     def remove(self, record: Record) -> Deferred[None]:
         """Forget a task; see `ITaskStore`."""
         statement = "DELETE FROM tracked WHERE route = ? AND task_id = ? AND host = ? AND port = ?"
-        key = (record.route, record.task_id, record.host, record.port)
-        return self._run(lambda connection: self._execute(connection, statement, key))
+        return self._write(statement, (record.route, record.task_id, record.host, record.port))
+
+    def load_detached(self) -> Deferred[list[Mapping[str, Any]]]:
+        """Return the documents of all detached requests; see `ITaskStore`."""
+        return self._read(self._load_detached)
+
+    def put_detached(self, document: Mapping[str, Any]) -> Deferred[None]:
+        """Remember a detached request; see `ITaskStore`."""
+        text = json.dumps(document, separators=(",", ":"))
+        return self._write(
+            "INSERT OR REPLACE INTO detached VALUES (?, ?, ?)",
+            (document["id"], document["seq"], text),
+        )
+
+    def remove_detached(self, task_id: str) -> Deferred[None]:
+        """Forget one; see `ITaskStore`."""
+        return self._write("DELETE FROM detached WHERE id = ?", (task_id,))
 
     def stop(self) -> None:
         """Finish what has been asked for, and close."""
         if self._stopped:
             return
         self._stopped = True
+        self._hurry()
         self._pool.callInThread(self._close)
         self._pool.stop()
+
+    # -- writing
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> Deferred[None]:
+        done: Deferred[None] = Deferred()
+        self._work.append(((statement, values), done))
+        if not self._writing:
+            self._writing = True
+            # What else is written in this turn of the reactor comes along.
+            self._timer = self._reactor.callLater(0, self._flush)
+        return done
+
+    def _read(self, work: Callable[[sqlite3.Connection], T]) -> Deferred[T]:
+        # What has been asked for first is done first.
+        self._hurry()
+        return self._run(work)
+
+    def _hurry(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._flush()
+
+    def _flush(self) -> None:
+        self._timer = None
+        work, self._work = self._work, []
+        if not work:
+            self._writing = False
+            return
+        waiting = [done for _, done in work]
+
+        def written(result: Any) -> None:
+            for done in waiting:
+                if isinstance(result, Failure):
+                    done.errback(Failure(StoreError(str(result.value))))
+                else:
+                    done.callback(None)
+            self._flush()
+
+        execute = [each for each, _ in work]
+        self._run(lambda connection: self._execute(connection, execute)).addBoth(written)
 
     # -- in the thread
 
@@ -115,21 +214,30 @@ class SqliteStore:
         done: Deferred[T] = deferToThreadPool(self._reactor, self._pool, in_thread)
         return done
 
+    def _take_lock(self) -> None:
+        if self._lock is None:
+            path = self._path.with_name("lock")
+            lock = path.open("ab")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise StoreInUse(f"{path}: another process has it") from None
+            self._lock = lock
+
     def _open(self) -> sqlite3.Connection:
+        self._take_lock()
         connection = sqlite3.connect(self._path, check_same_thread=False, timeout=1.0)
         try:
             # What has been written is there after a power cut.
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version not in (0, _VERSION):
+            if version > _VERSION:
                 raise sqlite3.DatabaseError(f"its layout is {version}, of another strictproxy")
             with connection:
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS tracked (route TEXT, upstream TEXT, task_id TEXT,"
-                    " host TEXT, port INTEGER, client TEXT, request_id TEXT, since REAL,"
-                    " token TEXT, PRIMARY KEY (route, task_id, host, port))"
-                )
+                for statement in _LAYOUT:
+                    connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
         except BaseException:
             connection.close()
@@ -141,13 +249,22 @@ class SqliteStore:
         rows = connection.execute(f"SELECT {names} FROM tracked ORDER BY since")
         return [Record(*row) for row in rows]
 
-    def _execute(
-        self, connection: sqlite3.Connection, statement: str, values: tuple[Any, ...]
-    ) -> None:
+    def _load_detached(self, connection: sqlite3.Connection) -> list[Mapping[str, Any]]:
+        rows = connection.execute("SELECT document FROM detached ORDER BY seq").fetchall()
+        try:
+            return [json.loads(document) for (document,) in rows]
+        except ValueError as error:
+            raise sqlite3.DatabaseError(f"a detached request cannot be read: {error}") from error
+
+    def _execute(self, connection: sqlite3.Connection, work: list[Work]) -> None:
         with connection:
-            connection.execute(statement, values)
+            for statement, values in work:
+                connection.execute(statement, values)
 
     def _close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
