@@ -186,7 +186,7 @@ class TaskPages:
         if len(self._streams) >= _MOST_STREAMS:
             raise NotAllowed(503, "too many are watching")
         stream = _Stream(reply, task, self._left)
-        if reply.request.head.method == b"HEAD" or not stream.start():
+        if not stream.start():
             return
         self._streams.add(stream)
         if not self._ticker.running:
@@ -331,6 +331,8 @@ class _Stream:
             framed=False,
             ended=not has_body,
         )
+        if not has_body:
+            return False
         self._reply.on_gone = self._gone
         self._task.watchers.add(self._changed)
         self._changed()

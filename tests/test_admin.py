@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 from prometheus_client.parser import text_string_to_metric_families
 from twisted.internet import reactor as _reactor
+from twisted.internet.defer import maybeDeferred
 from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.internet.task import deferLater
@@ -116,14 +117,19 @@ class AdminTestCase(TestCase):
         for wire in self.wires:
             if not wire.closed:
                 wire.reset()
-        for pod in self.pods:
-            for connection in pod.connections:
-                if not connection.closed:
-                    connection.reset()
-        await self.until(lambda: not self.service.proxy.running)
+
+        def ended() -> bool:
+            # A pod may accept a connection only now.
+            for pod in self.pods:
+                for connection in pod.connections:
+                    if not connection.closed and connection.transport is not None:
+                        connection.reset()
+            return not self.service.proxy.running
+
+        await self.until(ended)
         await self.service.stopService()
         for pod in self.pods:
-            await pod.port.stopListening()
+            await maybeDeferred(pod.port.stopListening)
         for wire in [*self.wires, *(c for pod in self.pods for c in pod.connections)]:
             await wire.end()
         await deferLater(reactor, 0.01)

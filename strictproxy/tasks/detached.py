@@ -217,8 +217,8 @@ class DetachedTasks:
         self._seq = 0
         self._by_id: dict[str, DetachedTask] = {}
         self._by_key: dict[str, DetachedTask] = {}
-        #: being written for the first time
-        self._new: dict[str, Deferred[None]] = {}
+        #: those that are being written for the first time, and who waits for that
+        self._new: dict[str, list[Deferred[DetachedTask]]] = {}
         #: those that have ended, the oldest first
         self._ended: OrderedDict[str, DetachedTask] = OrderedDict()
         #: nothing is begun any more
@@ -299,35 +299,31 @@ class DetachedTasks:
             self.forget(next(iter(self._ended.values())))
         task = DetachedTask(self, record)
         self._register(task)
+        waiting: Deferred[DetachedTask] = Deferred()
+        self._new[record.id] = [waiting]
         stored = self.store.put_detached(record.document())
-        self._new[record.id] = stored
         stored.addErrback(_not_stored)
         stored.addBoth(self._written, task)
-        return self._when_stored(task)
+        return waiting
 
-    def _written(self, result: Any, task: DetachedTask) -> Any:
-        del self._new[task.record.id]
+    def _written(self, result: Any, task: DetachedTask) -> None:
         if isinstance(result, Failure):
             self._unregister(task)
             self.discard(task.record)
-        return result
+        for waiting in self._new.pop(task.record.id):
+            if isinstance(result, Failure):
+                waiting.errback(Failure(result.value))
+            else:
+                waiting.callback(task)
 
     def _when_stored(self, task: DetachedTask) -> Deferred[DetachedTask]:
         """Fire with a task once it is written, however many wait for that."""
         waiting: Deferred[DetachedTask] = Deferred()
-        writing = self._new.get(task.record.id)
-        if writing is None:
+        others = self._new.get(task.record.id)
+        if others is None:
             waiting.callback(task)
-            return waiting
-
-        def tell(result: Any) -> Any:
-            if isinstance(result, Failure):
-                waiting.errback(Failure(result.value))
-                return None
-            waiting.callback(task)
-            return result
-
-        writing.addBoth(tell)
+        else:
+            others.append(waiting)
         return waiting
 
     def discard(self, record: DetachedRecord) -> None:
@@ -389,6 +385,7 @@ class DetachedTasks:
     def settle(self, task: DetachedTask, state: DetachedState, **changes: Any) -> None:
         """Write down what became of a task; when that is done, it has ended."""
         task.settling = True
+        task.timer = None
         changes |= {"state": state, "ended": self.clock.seconds()}
         stored = self.store.put_detached(task.record.document(changes))
         stored.addCallbacks(
