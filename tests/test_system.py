@@ -145,6 +145,11 @@ class SystemTestCase(SynchronousTestCase):
             f"listen: {listen or f'tcp:{self.listen}:interface=127.0.0.1'}\n"
             f"admin: tcp:{self.admin}:interface=127.0.0.1\n{config}"
         )
+        return self.run_proxy(command)
+
+    def run_proxy(self, command: tuple[str, ...] = ("twistd", "-n", "--pidfile=")) -> Any:
+        """Run the proxy, perhaps once more, with the configuration that there is."""
+        path = self.folder / "strictproxy.yaml"
         script = Path(sys.executable).parent / command[0]
         process = self.spawn(
             str(script), *command[1:], "strictproxy", "--config", str(path),
