@@ -177,12 +177,24 @@ class OverlayTests(SynchronousTestCase):
     def test_schemas(self) -> None:
         """Every overlay is valid, and so is the configuration it brings."""
         folders = sorted(path.name for path in (ROOT / "k8s" / "overlays").iterdir())
-        self.assertEqual(folders, ["endpointslices", "hpa", "keda", "monitoring", "tls"])
+        self.assertEqual(folders, ["endpointslices", "hpa", "keda", "monitoring", "tasks", "tls"])
         for name in folders:
             self.check_schemas(self.manifests(name))
             config = ROOT / "k8s" / "overlays" / name / "strictproxy.yaml"
             if config.exists():
                 load(config, {"POD_NAMESPACE": "media"})
+
+    def test_tasks(self) -> None:
+        """The directory of the configuration is the volume's, which has more room than is used."""
+        folder = ROOT / "k8s" / "overlays" / "tasks"
+        tasks = load(folder / "strictproxy.yaml", {"POD_NAMESPACE": "media"}).tasks
+        assert tasks is not None
+        text = (folder / "kustomization.yaml").read_text()
+        self.assertIn(f"mountPath: {tasks.directory}}}", text)
+        claim = yaml.safe_load((folder / "volume.yaml").read_text())
+        self.assertIn(f"claimName: {claim['metadata']['name']}}}", text)
+        room = claim["spec"]["resources"]["requests"]["storage"]
+        self.assertGreater(int(room.removesuffix("Gi")) * 2**30, tasks.max_size)
 
     def test_autoscaling(self) -> None:
         """What autoscalers read is what the proxy tells."""
@@ -275,6 +287,7 @@ class ChartTests(SynchronousTestCase):
             self.render(
                 "--set", "headless.create=true,headless.selector.app=x,endpointSlices=true",
                 "--set", "podMonitor.enabled=true,podMonitor.labels.a=b,adminTokenSecret=t",
+                "--set", "tasks.storage=20Gi,tasks.storageClassName=fast",
                 "--set", "tlsSecret=c,podLabels.x=y,podAnnotations.x=y,nodeSelector.x=y",
                 "--set", "service.annotations.x=y,serviceAccount.annotations.x=y",
                 "--set", "networkPolicy.adminFromNamespaces={monitoring}",

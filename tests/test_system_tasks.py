@@ -176,8 +176,8 @@ class TranscodingTests(SystemTestCase):
         (stream,) = json.loads(done.stdout)["streams"]
         return {key: stream[key] for key in ("codec_name", "width", "height", "nb_frames")}
 
-    def test_both_kinds(self) -> None:
-        """Real clips in, real clips out, in both kinds at once; never two on one pod."""
+    def test_all_ways(self) -> None:
+        """Real clips in, real clips out, in all three ways at once; never two on one pod."""
         port = free_port("0.0.0.0")
         hosts = ["127.0.7.1", "127.0.7.2"]
         for host in hosts:
@@ -192,6 +192,8 @@ class TranscodingTests(SystemTestCase):
         static = ", ".join(f'"{host}:{port}"' for host in hosts)
         text = (self.EXAMPLE / "strictproxy.yaml").read_text()
         text = re.sub(r"    dns: .*", f"    static: [{static}]", text)
+        (self.folder / "tasks").mkdir()
+        text = text.replace("${TASKS:-/var/lib/strictproxy}", str(self.folder / "tasks"))
         self.twistd(
             re.sub(r"(?m)^(listen|admin): .*\n", "", text).replace("every: 1s", "every: 100ms")
         )
@@ -202,10 +204,12 @@ class TranscodingTests(SystemTestCase):
             check=True, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         clients = []
-        for number in range(8):
+        ways: list[list[str]] = [[], ["-a"], ["-d"]]
+        for number in range(9):
             clip = self.folder / f"clip{number}.mp4"
-            clip.write_bytes(original.read_bytes())
-            kind = ["-a"] if number % 2 else []
+            # The same clip with the same key would be the same task.
+            clip.write_bytes(original.read_bytes() + b"\0" * number)
+            kind = ways[number % 3]
             clients.append(
                 self.spawn(
                     str(self.EXAMPLE / "client.sh"), *kind, self.url, str(clip), log="client.log"
@@ -214,15 +218,15 @@ class TranscodingTests(SystemTestCase):
         for client in clients:
             self.assertEqual(client.wait(60), 0, (self.folder / "client.log").read_text())
         expected = {"codec_name": "h264", "width": 160, "height": 120, "nb_frames": "50"}
-        for number in range(8):
+        for number in range(9):
             self.assertEqual(self.probe(self.folder / f"clip{number}.small.mp4"), expected)
         for host in hosts:
             stats = json.loads(self.get(f"http://{host}:{port}/stats")[1])
             self.assertEqual(stats, {"most": 1, "working": 0})
-        # What is no clip fails in both kinds, and holds no slot.
+        # What is no clip fails in each way, and holds no slot.
         broken = self.folder / "broken.mp4"
         broken.write_bytes(b"no clip")
-        for kind in ([], ["-a"]):
+        for kind in ways:
             failing = self.spawn(
                 str(self.EXAMPLE / "client.sh"), *kind, self.url, str(broken), log="broken.log"
             )
