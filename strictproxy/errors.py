@@ -156,6 +156,14 @@ class TaskGone(ProxyError):
     title = "The task is lost"
 
 
+class TaskAway(ProxyError):
+    """The pod that had the task is gone; it is being submitted to another one."""
+
+    status = 503
+    reason = "task_resubmitted"
+    title = "The task is being submitted again"
+
+
 class TaskNotEnded(ProxyError):
     """The result of a detached request was asked for before there was one."""
 

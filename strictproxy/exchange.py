@@ -37,6 +37,7 @@ from strictproxy.http.request import Request
 from strictproxy.http.spool import Spool
 from strictproxy.interfaces import RequestInfo
 from strictproxy.scheduling import Address, Lease
+from strictproxy.tasks.resubmission import KeptSubmit
 from strictproxy.tasks.task import MAX_ANSWER, TrackedTask
 from strictproxy.tasks.tracked import Submission, TrackedTasks
 from strictproxy.upload import Upload
@@ -147,7 +148,7 @@ class Exchange(Answering):
             self._proxy.begin(self, route)
             self.upstream = self._proxy.upstreams[route.upstream]
             self._allowed = pods
-            if route.body is Body.SPOOL and not request.body_ended:
+            if self._is_spooled(route):
                 self._receive(self._proxy.make_spool(request))
             else:
                 self._upload = Upload(request, request.stored, self._keep, self._broken)
@@ -156,6 +157,14 @@ class Exchange(Answering):
             self._fail(error)
         except Exception:
             self._broken(Failure())
+
+    def _is_spooled(self, route: RouteConfig) -> bool:
+        """Whether the body has to be received whole, before all else."""
+        if self._request.stored is not None:
+            return False
+        if route.task is not None and route.task.resubmit:
+            return True  # it has to be kept, even if it has come already
+        return route.body is Body.SPOOL and not self._request.body_ended
 
     def _receive(self, spool: Spool) -> None:
         """Receive the body whole before all else: its sender's slowness holds no slot."""
@@ -170,6 +179,7 @@ class Exchange(Answering):
         self._forwarding = self._proxy.forwarding_about(task.route)
         self._proxy.begin(self, task.route)
         self.upstream, self.pod = task.upstream, task.address
+        self._request.head.target = task.target_at_pod(self._request.head.target)
         self._upload = Upload(self._request, None, self._keep, self._broken)
         self.granted = self._proxy.now()
         self._reach(task.upstream, task.address)
@@ -454,8 +464,18 @@ class Exchange(Answering):
         what = Submission(
             self.number, self.client, self.identity, head.status, head.get, bytes(self._collected)
         )
-        self._task = self._proxy.tasks.submitted(route, upstream, lease, what)
-        return self._task is not None
+        task = self._task = self._proxy.tasks.submitted(route, upstream, lease, what)
+        if task is not None and task.resubmits:
+            task.keep(self._kept_submit())
+        return task is not None
+
+    def _kept_submit(self) -> KeptSubmit | None:
+        """Return the submit call, to be sent once more if the task is lost."""
+        request = self._request
+        stored = None if self._upload is None else self._upload.take_stored()
+        if stored is None:
+            return None
+        return KeptSubmit(request.head, stored, request.trailers, self.peer, self.client)
 
     def pod_upgraded(self, head: ResponseHead, data: bytes) -> None:
         """Carry bytes both ways from now on, if that is what the client asked for."""

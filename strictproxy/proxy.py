@@ -45,7 +45,6 @@ from strictproxy.tasks.aftermath import Aftermath
 from strictproxy.tasks.callbacks import Callbacks
 from strictproxy.tasks.detached import DetachedTask, DetachedTasks
 from strictproxy.tasks.record import DetachedRecord
-from strictproxy.tasks.stored_request import StoredRequest
 from strictproxy.tasks.task import TrackedTask
 from strictproxy.tasks.tracked import CALLBACK_PATH, TrackedTasks
 from strictproxy.tracing import Tracing
@@ -87,6 +86,7 @@ class ProxyResource(Resource):
         self.tracing: Tracing | None = None
         self.tasks = TrackedTasks(clock, random.random)
         self.tasks.on_end = self._task_ended
+        self.tasks.make_run = self.make_run
         #: detached requests, the pages about them, and who is told of them, if there are any
         self.detached: DetachedTasks | None = None
         self.pages: TaskPages | None = None
@@ -192,8 +192,8 @@ class ProxyResource(Resource):
         Submission(self, self.detached, request, forwarding, upstream, preferences).start()
         return True
 
-    def make_run(self, request: StoredRequest) -> Exchange:
-        """Return the exchange of a detached request."""
+    def make_run(self, request: Request) -> Exchange:
+        """Return the exchange of a request that nobody waits for."""
         return Exchange(self, request)
 
     def hold(self, record: DetachedRecord) -> None:

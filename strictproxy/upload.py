@@ -164,6 +164,11 @@ class Upload:
         if position is not None:
             self._send_from_file(position)
 
+    def take_stored(self) -> StoredBody | None:
+        """Return what is stored, which is the caller's to close from now on."""
+        stored, self._stored, self._spool = self._stored, None, None
+        return stored
+
     def close(self) -> None:
         """Let go of everything; nothing is called any more."""
         self._connection = None

@@ -751,7 +751,8 @@ routes:
             (
                 "{id: {json: /task_id}, poll: {path: '/s/{id}', every: 200ms, timeout: 1s},"
                 " done: {json: /state, in: [finished, 3, true]}, related: ['/s/{id}', '/r/{id}'],"
-                " callback: {header: X-Done, base: 'http://proxy'}, limit_time: 1h, keep: 1d}",
+                " callback: {header: X-Done, base: 'http://proxy'}, limit_time: 1h, keep: 1d,"
+                " resubmit: true}",
                 TaskConfig(
                     TaskId(json="/task_id"),
                     TaskDone("/state", frozenset({"finished", "3", "true"})),
@@ -760,6 +761,7 @@ routes:
                     TaskCallback("X-Done", "http://proxy"),
                     3600.0,
                     86400.0,
+                    True,
                 ),
             ),
             (

@@ -362,6 +362,109 @@ class TrackedTaskTests(ProxyTestCase):
         self.assertEqual(self.counts(), (0, 0))
         self.assertEqual(self.proxy.counters.of("submit").tasks, {"cancelled": 1})
 
+    async def lose(self) -> Wire:
+        """Submit a job that its pod then does not know any more; return its second submit call."""
+        client = await self.client(
+            b"POST /submit HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"3\r\njob\r\n0\r\n\r\n"
+        )
+        wire = await self.arrival(b"POST /submit")
+        await wire.has(b"job")
+        wire.take()
+        wire.send(response(b'{"task_id": "t1"}'))
+        await client.has(b"t1")
+        self.clock.advance(2.0)
+        wire = await self.arrival(b"GET /status/t1 ")
+        wire.take()
+        wire.send(response(status="404 Not Found"))
+        return await self.arrival(b"POST /submit")
+
+    async def test_resubmit(self) -> None:
+        """A job whose pod lost it goes to another one; its client knows it by the same id."""
+        self.begin(resubmit=True)
+        wire = await self.lose()
+        sent = await wire.has(b"0\r\n\r\n")
+        self.assertIn(b"\r\n\r\n3\r\njob\r\n", sent)
+        self.assertEqual(self.counts(), (1, 0))
+        client = await self.client(request("/result/t1"))
+        await client.has(b'"reason": "task_resubmitted"')
+        wire.take()
+        wire.send(response(b'{"task_id": "other"}'))
+        await self.settled(lambda: self.running() == ["t1"])
+        self.assertEqual(self.counts(), (1, 0))
+        client = await self.client(request("/result/t1?x=/result/t1"))
+        wire = await self.arrival(b"GET /result/other?x=/result/t1 ")
+        wire.take()
+        wire.send(response(b"not yet"))
+        await client.has(b"not yet")
+        self.assertEqual(self.task().record.pod_id, "other")
+        await self.poll("running", "other")
+        client = await self.client(request("/status/t1"))
+        wire = await self.arrival(b"GET /status/other ")
+        wire.take()
+        wire.send(response(b'{"state": "finished"}'))
+        await client.has(b"finished")
+        await self.settled(lambda: self.counts() == (0, 0))
+        self.assertEqual(self.proxy.counters.of("submit").tasks, {"lost": 1, "done": 1})
+        self.assertIsNone(self.task_of("t1").submit)
+
+    def task_of(self, task_id: str) -> TrackedTask:
+        return self.tasks._by_id["submit", task_id]
+
+    async def test_resubmit_in_vain(self) -> None:
+        """What no pod takes stays lost, with why; so does a job that each loses."""
+        self.begin(resubmit=True)
+        for answer, reason in (
+            (response(b"{}"), b"the answer has no id"), (response(status="500 No"), b"no id"),
+            (b"nonsense\r\n\r\n", b"submitted again"),
+        ):  # fmt: skip
+            wire = await self.lose()
+            await wire.has(b"0\r\n\r\n")
+            wire.take()
+            wire.send(answer)
+            await self.settled(lambda: self.counts() == (0, 0))
+            client = await self.client(request("/result/t1"))
+            await client.has(b'"reason": "task_gone"')
+            self.assertIn(reason, client.received)
+            self.assertIsNone(self.task_of("t1").submit)
+            self.assertEqual(self.tasks._again, {})
+        wire = await self.lose()
+        for number in range(2, 5):
+            await wire.has(b"0\r\n\r\n")
+            wire.take()
+            wire.send(response(b'{"task_id": "n%d"}' % number))
+            await self.settled(lambda: self.running() == ["t1"])
+            self.clock.advance(2.0)
+            wire = await self.arrival(b"GET /status/n%d " % number)
+            wire.take()
+            wire.send(response(status="404 Not Found"))
+            if number < 4:
+                wire = await self.arrival(b"POST /submit")
+        await self.settled(lambda: self.counts() == (0, 0))
+        client = await self.client(request("/result/t1"))
+        await client.has(b'"reason": "task_gone"')
+
+    async def test_resubmit_large(self) -> None:
+        """Bodies that are kept in a file are sent again as well; who cancels ends that."""
+        self.begin(resubmit=True)
+        body = b"x" * 3_000_000
+        client = await self.client(request("/submit", method="POST", body=body))
+        wire = await self.arrival(b"POST /submit")
+        await wire.until(lambda: wire.received.endswith(body))
+        wire.take()
+        wire.send(response(b'{"task_id": "t1"}'))
+        await client.has(b"t1")
+        self.task().end(TaskState.LOST, "the test says so")
+        wire = await self.arrival(b"POST /submit")
+        await wire.until(lambda: wire.received.endswith(body))
+        wire.take()
+        wire.send(response(b'{"task_id": "t2"}'))
+        await self.settled(lambda: self.running() == ["t1"])
+        (shown,) = self.upstream.running()
+        self.assertTrue(self.proxy.cancel(shown.number, Cancelled("it is enough")))
+        self.assertEqual(self.counts(), (0, 0))
+        self.assertIsNone(self.task_of("t1").submit)
+
     async def test_reload(self) -> None:
         """Routes may vanish: tasks that run go on as they began."""
         self.begin()

@@ -296,6 +296,8 @@ class TaskConfig:
     limit_time: float = 6 * 3600.0
     #: what is done is remembered so long, for related calls
     keep: float = 24 * 3600.0
+    #: the submit call is kept, and sent to another pod if the task is lost
+    resubmit: bool = False
 
 
 @dataclass(frozen=True)

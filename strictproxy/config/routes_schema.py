@@ -123,6 +123,7 @@ def _task(part: Section) -> TaskConfig:
         callback=callback,
         limit_time=part.take("limit_time", reader.duration, default.limit_time),
         keep=part.take("keep", reader.duration, default.keep),
+        resubmit=part.take("resubmit", reader.boolean, default.resubmit),
     )
 
 

@@ -39,6 +39,7 @@ from strictproxy.errors import (
 )
 from strictproxy.http.spool import Spool, StoredBody
 from strictproxy.scheduling import Address
+from strictproxy.tasks import unattended
 from strictproxy.tasks.files import TaskFiles
 from strictproxy.tasks.record import DetachedRecord, DetachedState, from_document
 from strictproxy.tasks.store import ITaskStore, StoreError
@@ -65,22 +66,10 @@ _STATES: Mapping[type[ProxyError], DetachedState] = {
 }
 
 
-class Run(Protocol):
+class Run(unattended.Run, Protocol):
     """One try to have a request answered: an exchange."""
 
-    number: int
-    #: when it had its slot; None while it waits
-    granted: float | None
     upstream: Upstream | None
-
-    def start(self) -> None:
-        """Ask for a slot."""
-
-    def abandon(self, error: ProxyError) -> None:
-        """End it."""
-
-    def withdraw(self) -> None:
-        """Leave the line; it will come again."""
 
 
 class DetachedTask:

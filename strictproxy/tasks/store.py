@@ -35,7 +35,7 @@ _VERSION = 2
 _LAYOUT = (
     "CREATE TABLE IF NOT EXISTS tracked (route TEXT, upstream TEXT, task_id TEXT,"
     " host TEXT, port INTEGER, client TEXT, request_id TEXT, since REAL,"
-    " token TEXT, PRIMARY KEY (route, task_id, host, port))",
+    " token TEXT, pod_id TEXT, PRIMARY KEY (route, task_id, host, port))",
     "CREATE TABLE IF NOT EXISTS detached (id TEXT PRIMARY KEY, seq INTEGER, document TEXT)",
 )
 
@@ -63,6 +63,8 @@ class Record:
     since: float
     #: by which its pod may call back
     token: str | None = None
+    #: its id at its pod, if that is another one
+    pod_id: str | None = None
 
 
 class ITaskStore(Protocol):
@@ -236,6 +238,8 @@ class SqliteStore:
             if version > _VERSION:
                 raise sqlite3.DatabaseError(f"its layout is {version}, of another strictproxy")
             with connection:
+                if version == 1:
+                    connection.execute("ALTER TABLE tracked ADD COLUMN pod_id TEXT")
                 for statement in _LAYOUT:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {_VERSION}")

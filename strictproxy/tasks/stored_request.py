@@ -1,26 +1,19 @@
-"""
-A request whose body is in a file and whose answer goes into one: a detached one, at its turn.
-
-To an exchange it is a request like any other (`strictproxy.http.request.Request`).
-"""
+"""A request whose body is in a file and whose answer goes into one: a detached one, at its turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import ITransport
 from twisted.python.failure import Failure
 
 from strictproxy.errors import ProxyError, TaskStoreFailed
 from strictproxy.http.heads import Field, RequestHead
 from strictproxy.http.peer import Peer
-from strictproxy.http.request import RequestHandler
 from strictproxy.http.spool import Spool, StoredBody
-from strictproxy.http.transport import IStreamTransport
 from strictproxy.scheduling import Address
 from strictproxy.tasks.record import DetachedRecord
+from strictproxy.tasks.unattended import UnattendedRequest
 
 
 class AnswerTaker(Protocol):
@@ -51,7 +44,7 @@ def head_of(record: DetachedRecord) -> RequestHead:
     return head
 
 
-class StoredRequest:
+class StoredRequest(UnattendedRequest):
     """
     A detached request while it waits for its turn and while a pod has it.
 
@@ -59,53 +52,18 @@ class StoredRequest:
     :param result: takes the body of the answer; closed here.
     """
 
-    body_ended = True
-    keep = 0
-    read_ahead = 0
-    transport: IStreamTransport | None = None
-
     def __init__(
         self, record: DetachedRecord, stored: StoredBody, result: Spool, taker: AnswerTaker
     ) -> None:
-        self.head = head_of(record)
-        self.handler: RequestHandler | None = None
-        self.stored = stored
+        super().__init__(head_of(record), stored, Peer(*record.peer), record.client)
         self.task_id = record.short
-        self.peer = Peer(*record.peer)
-        self.client = record.client
-        self.before_pod: Callable[[Address], Deferred[None]] = taker.before_pod
-        self.trailers: list[Field] = []
-        self.status = 0
-        self.bytes_sent = 0
+        self.before_pod = taker.before_pod
         self._lines: list[bytes] = []
         self._taker = taker
         self._result = result
         self._ended = False
         self._closed = False
         result.stored.addCallbacks(self._kept, self._not_kept)
-
-    # -- the request
-
-    def limit_body(self, max_body: int | None) -> None:
-        """Do nothing: the body has been accepted."""
-
-    def open_body(self) -> bytes:
-        """Return nothing: the body is in its file."""
-        return b""
-
-    def splice_to(self, dest: ITransport) -> None:
-        """Do nothing."""
-
-    def pause(self) -> None:
-        """Do nothing: nothing comes."""
-
-    def resume(self) -> None:
-        """Do nothing."""
-
-    # -- the answer
-
-    def send_interim(self, status: int, reason: bytes, lines: list[bytes]) -> None:
-        """Do nothing: nobody waits."""
 
     def send_head(
         self,
@@ -151,16 +109,6 @@ class StoredRequest:
         self.status = error.status
         self.close()
         self._taker.failed(error)
-
-    def last_on_connection(self) -> None:
-        """Do nothing: there is none."""
-
-    def switch(self, lines: list[bytes], data: bytes) -> None:
-        """Refuse: it has asked for no upgrade, so that cannot be."""
-        raise AssertionError("a detached request cannot be upgraded")
-
-    def end_output(self) -> None:
-        """Do nothing."""
 
     def close(self) -> None:
         """Let go of the file."""

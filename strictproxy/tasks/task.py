@@ -19,8 +19,10 @@ from strictproxy.asking import Answer, ask, reason_of
 from strictproxy.config.model import RouteConfig
 from strictproxy.errors import ProxyError
 from strictproxy.scheduling import Address, Lease
+from strictproxy.tasks.resubmission import KeptSubmit
 from strictproxy.tasks.rules import Template, is_done
 from strictproxy.tasks.store import Record
+from strictproxy.tasks.unattended import Run
 from strictproxy.upstream import Upstream
 
 _log = Logger()
@@ -55,6 +57,8 @@ class TaskState(Enum):
     CANCELLED = "cancelled"
     #: its pod is gone, or does not know it any more
     LOST = "lost"
+    #: it was lost, and waits for another pod
+    RESUBMITTED = "resubmitted"
 
 
 class TrackedTask:
@@ -67,14 +71,18 @@ class TrackedTask:
         "_tasks",
         "_timer",
         "address",
+        "again",
         "client",
         "ended",
         "identity",
         "lease",
         "number",
+        "pod_id",
         "route",
         "since",
         "state",
+        "submit",
+        "submits",
         "task_id",
         "token",
         "upstream",
@@ -97,7 +105,8 @@ class TrackedTask:
     ) -> None:
         self._tasks = tasks
         self.number = number
-        self.task_id = task_id
+        #: as its client knows it, and as its pod does: they differ once it has been resubmitted
+        self.task_id = self.pod_id = task_id
         self.route = route
         self.upstream = upstream
         self.address = address
@@ -112,6 +121,12 @@ class TrackedTask:
         self.ended: float | None = None
         #: in words, for people
         self.why: str | None = None
+        #: the submit call, if it can be sent again
+        self.submit: KeptSubmit | None = None
+        #: how often it has been sent
+        self.submits = 1
+        #: that, while it is being sent again
+        self.again: Run | None = None
         self._timer: IDelayedCall | None = None
         self._polling: Deferred[Answer] | None = None
         self._failures = 0
@@ -130,12 +145,40 @@ class TrackedTask:
             self.identity.decode("latin-1"),
             self.since,
             self.token,
+            self.pod_id,
         )
 
     @property
     def key(self) -> tuple[str, str, Address]:
-        """What makes it this task: its route, its id and its pod."""
-        return (self.route.name, self.task_id, self.address)
+        """What makes it this task: its route, and its id at its pod."""
+        return (self.route.name, self.pod_id, self.address)
+
+    @property
+    def resubmits(self) -> bool:
+        """Whether its submit call is to be kept."""
+        return self.route.task is not None and self.route.task.resubmit and self.lease is not None
+
+    def keep(self, submit: KeptSubmit | None) -> None:
+        """Keep the submit call as long as it may be needed."""
+        self.forget_submit()
+        self.submit = submit
+
+    def forget_submit(self) -> None:
+        """Let go of the submit call."""
+        submit, self.submit = self.submit, None
+        if submit is not None:
+            submit.body.close()
+
+    def target_at_pod(self, target: bytes) -> bytes:
+        """Return the target of a call about the task as its pod understands it."""
+        if self.pod_id == self.task_id or self.route.task is None:
+            return target
+        path, mark, query = target.decode("latin-1").partition("?")
+        for text in self.route.task.related:
+            template = Template(text)
+            if template.match(path) == self.task_id:
+                return f"{template.fill(self.pod_id)}{mark}{query}".encode("latin-1")
+        return target
 
     def __str__(self) -> str:
         return f"task {self.task_id} of route {self.route.name} on {self.address}"
@@ -156,6 +199,10 @@ class TrackedTask:
         self._tasks.ended(self)
         self.upstream.release(lease)
 
+    def restart(self) -> None:
+        """Forget how the pod before did."""
+        self._failures = self._refused = 0
+
     def stop(self) -> None:
         """Ask no more."""
         timer, self._timer = self._timer, None
@@ -172,7 +219,7 @@ class TrackedTask:
             return
         # Only the path that is polled is known to mean what `done` looks at.
         said_by = config.poll.path if config.poll is not None else None
-        if said_by is not None and Template(said_by).match(path) != self.task_id:
+        if said_by is not None and Template(said_by).match(path) != self.pod_id:
             return
         if is_done(config.done, status, body):
             self.end(TaskState.DONE, "an answer that passed through said so")
@@ -198,7 +245,7 @@ class TrackedTask:
         asking = Deferred.fromCoroutine(
             ask(
                 self.address,
-                Template(poll.path).fill(self.task_id),
+                Template(poll.path).fill(self.pod_id),
                 lambda: self.upstream.pool.endpoint_for(self.address, poll.timeout),
                 clock,
                 agent="strictproxy-task",

@@ -18,18 +18,22 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from strictproxy.config.model import RouteConfig
-from strictproxy.errors import ProxyError, TaskGone, UnknownTask
+from strictproxy.config.model import RouteConfig, TaskConfig
+from strictproxy.errors import ProxyError, TaskAway, TaskGone, UnknownTask
 from strictproxy.scheduling import Address, Lease
+from strictproxy.tasks.resubmission import KeptSubmit, Resubmission
 from strictproxy.tasks.rules import Template, find_id, is_done
 from strictproxy.tasks.store import ITaskStore, Record
 from strictproxy.tasks.task import TaskState, TrackedTask
+from strictproxy.tasks.unattended import Run
 from strictproxy.upstream import Upstream
 
 _log = Logger()
 
 #: Where pods call back, below whatever the configuration says is our address.
 CALLBACK_PATH = "/.strictproxy/callback/"
+#: A job is submitted so often at most.
+_MOST_SUBMITS = 4
 #: Ended tasks that are remembered; the oldest go first.
 _MOST_ENDED = 10_000
 
@@ -80,6 +84,10 @@ class TrackedTasks:
         #: the newest task of each id, by route
         self._by_id: dict[tuple[str, str], TrackedTask] = {}
         self._ended: OrderedDict[int, TrackedTask] = OrderedDict()
+        #: tasks that are being submitted again, by the numbers of those exchanges
+        self._again: dict[int, TrackedTask] = {}
+        #: makes the exchange of a submit call that is sent again
+        self.make_run: Callable[[Resubmission], Run] | None = None
         #: those that have been called before there was a task
         self._early: set[str] = set()
 
@@ -120,11 +128,16 @@ class TrackedTasks:
         token = self._awaited.get(what.number)
         if route.task is None:
             return None
+        again = self._again.pop(what.number, None)
         task_id = find_id(route.task.id, what.status, what.header, what.body)
         if task_id is None:
             if 200 <= what.status < 300:
                 _log.warn("route {route}: an answer without a task's id", route=route.name)
             return None
+        if again is not None:
+            self._revive(again, task_id, upstream, lease, token, what.number)
+            self._ask_about(again, route.task, token, what)
+            return again
         if (route.name, task_id, lease.address) in self._by_pod:
             # The service has said so again: one job, one slot.
             return None
@@ -135,19 +148,71 @@ class TrackedTasks:
             self, what.number, task_id, route, upstream, lease.address, what.client, what.identity
         )
         task.token = self._awaited.pop(what.number, None)
-        lease.ticket.owner = task
         self._add(task, lease)
         self._store(task, lambda store: store.add(task.record))
+        self._ask_about(task, route.task, token, what)
+        return task
+
+    def _ask_about(
+        self, task: TrackedTask, config: TaskConfig, token: str | None, what: Submission
+    ) -> None:
+        """Find out when a new task is done; perhaps it is already."""
         if token in self._early:
             self._early.discard(token)
             task.end(TaskState.DONE, "its pod called back")
-        elif route.task.done is not None and is_done(route.task.done, what.status, what.body):
+        elif config.done is not None and is_done(config.done, what.status, what.body):
             task.end(TaskState.DONE, "the answer to its submit call said so")
         else:
             task.poll_later()
-        return task
+
+    # -- submitting again
+
+    def _resubmit(self, task: TrackedTask, submit: KeptSubmit) -> None:
+        """Send the submit call of a task that was lost to another pod."""
+        make_run = self.make_run
+        assert make_run is not None
+        task.state, task.submit = TaskState.RESUBMITTED, None
+        task.submits += 1
+
+        def over(error: ProxyError | None) -> None:
+            task.again = None
+            self._again.pop(run.number, None)
+            if task.lease is None and task.state is TaskState.RESUBMITTED:
+                # Neither does another pod have it.
+                reason = "the answer has no id" if error is None else str(error)
+                task.state = TaskState.LOST
+                task.why = f"{task.why}; submitted again, {reason}"
+                _log.warn("{task} stays lost: {why}", task=task, why=task.why)
+
+        run = task.again = make_run(Resubmission(submit, task.task_id, over))
+        self._again[run.number] = task
+        _log.info("{task} is submitted again", task=task)
+        run.start()
+
+    def _revive(
+        self,
+        task: TrackedTask,
+        pod_id: str,
+        upstream: Upstream,
+        lease: Lease,
+        token: str | None,
+        number: int,
+    ) -> None:
+        """Let a task go on that another pod has now."""
+        self._ended.pop(task.number, None)
+        if task.token is not None:
+            self._tokens.pop(task.token, None)
+        self._awaited.pop(number, None)
+        task.state, task.why, task.ended = TaskState.RUNNING, None, None
+        task.pod_id, task.upstream, task.address = pod_id, upstream, lease.address
+        task.number, task.token, task.since = number, token, self.clock.seconds()
+        task.restart()
+        self._add(task, lease)
+        self._store(task, lambda store: store.add(task.record))
+        _log.info("{task} goes on as {pod_id}", task=task, pod_id=pod_id)
 
     def _add(self, task: TrackedTask, lease: Lease) -> None:
+        lease.ticket.owner = task
         task.lease = lease
         if task.token is not None:
             self._tokens[task.token] = task
@@ -172,6 +237,8 @@ class TrackedTasks:
             task = self._by_id.get((route.name, task_id))
             if task is None:
                 unknown = UnknownTask(f"route {route.name} has no task {task_id!r}")
+            elif task.state is TaskState.RESUBMITTED:
+                raise TaskAway(f"task {task_id} is being submitted to another pod: {task.why}")
             elif task.state is TaskState.LOST:
                 raise TaskGone(f"{task} was lost: {task.why}")
             else:
@@ -211,6 +278,7 @@ class TrackedTasks:
         task = self._running.get(number)
         if task is None:
             return False
+        task.forget_submit()
         task.abandon(error)
         return True
 
@@ -224,6 +292,13 @@ class TrackedTasks:
             self._forget(next(iter(self._ended.values())))
         _log.info("{task} {state}: {why}", task=task, state=task.state.value, why=task.why)
         self.on_end(task)
+        submit = task.submit
+        if submit is None:
+            return
+        if task.state is TaskState.LOST and task.submits < _MOST_SUBMITS and self.make_run:
+            self._resubmit(task, submit)
+        else:
+            task.forget_submit()
 
     def sweep(self) -> None:
         """End what has taken too long, and forget what has ended long ago."""
@@ -274,6 +349,7 @@ class TrackedTasks:
                 record.request_id.encode("latin-1"),
             )
             task.since, task.token = record.since, record.token
+            task.pod_id = record.pod_id or record.task_id
             self._add(task, upstream.adopt(route.name, task.address, task))
             _log.info("{task} goes on", task=task)
             task.poll_later()
@@ -281,6 +357,7 @@ class TrackedTasks:
     def stop(self) -> None:
         """Give every slot back. Without a store, nobody knows of the jobs any more."""
         store, self.store = self.store, None
+        self.make_run = None
         for task in self:
             task.end(TaskState.CANCELLED, "the proxy stopped")
         if store is not None:
@@ -292,6 +369,7 @@ class TrackedTasks:
 
     def _forget(self, task: TrackedTask) -> None:
         self._ended.pop(task.number, None)
+        task.forget_submit()
         if task.token is not None:
             self._tokens.pop(task.token, None)
         key = (task.route.name, task.task_id)
