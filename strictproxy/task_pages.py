@@ -51,6 +51,8 @@ _MOST_STREAMS = 1000
 _TICK = 1.0
 _TICKS_OF_SILENCE = 15
 _MOST_LISTED = 1000
+#: To write down that a task is cancelled takes so long at most, or its client asks again.
+_END_TAKES = 30.0
 
 
 class NotAllowed(ProxyError):
@@ -114,7 +116,7 @@ class TaskPages:
         self._check_method(method, "GET", "HEAD", "DELETE")
         if method == "DELETE":
             self._tasks.end(task, TaskCancelled("its client cancelled it"))
-            self._until(reply, task, lambda: task.ended, 30.0, self._send_state)
+            self._until(reply, task, _END_TAKES, [], self._send_state)
         elif b"text/event-stream" in (head.get(b"accept") or b""):
             self._stream(reply, task)
         else:
@@ -137,19 +139,23 @@ class TaskPages:
         fields = reply.request.head.fields
         values = [value.decode("latin-1") for name, _, value in fields if name == b"prefer"]
         wait = parse_preferences(values).wait
-        self._until(reply, task, lambda: task.ended, wait, send)
+        if wait is None:
+            send(reply, task, [])
+        else:
+            applied = [b"Preference-Applied: wait=%d\r\n" % int(wait)]
+            self._until(reply, task, wait, applied, send)
 
     def _until(
         self,
         reply: Reply,
         task: DetachedTask,
-        condition: Callable[[], bool],
-        wait: float | None,
+        wait: float,
+        lines: list[bytes],
         send: Callable[[Reply, DetachedTask, list[bytes]], None],
     ) -> None:
-        applied = [] if wait is None else [b"Preference-Applied: wait=%d\r\n" % int(wait)]
-        if wait is None or condition():
-            send(reply, task, applied)
+        """Answer, with these header lines, when a task has ended, or after so many seconds."""
+        if task.ended:
+            send(reply, task, lines)
             return
 
         def stop() -> None:
@@ -161,12 +167,12 @@ class TaskPages:
         def end() -> None:
             stop()
             try:
-                send(reply, task, applied)
+                send(reply, task, lines)
             except ProxyError as error:
                 reply.fail(error)
 
         def look() -> None:
-            if condition():
+            if task.ended:
                 end()
 
         timer = self._clock.callLater(wait, end)

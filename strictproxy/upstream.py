@@ -388,7 +388,8 @@ class Upstream:
         """
         Return a waiting owner's place in the line, from 1, and likely seconds until its turn.
 
-        Places are looked up once a second at most: many may ask.
+        Places are looked up once a second at most: many may ask. Whoever has come
+        since then is taken for the last one.
         """
         now = self._clock.seconds()
         if now - self._placed >= _PLACES_FOR or now < self._placed:
@@ -398,8 +399,8 @@ class Upstream:
                 for place, ticket in enumerate(tickets, 1)
             }
             self._placed = now
-        place = self._places.get(number)
-        return None if place is None else (place, self.scheduler.turn_after(place))
+        place = self._places.get(number, self.scheduler.waiting)
+        return (place, self.scheduler.turn_after(place)) if place else None
 
     def waiting(self, most: int) -> list[RequestSnapshot]:
         """Return those first in line, in order."""

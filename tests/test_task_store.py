@@ -70,6 +70,7 @@ class SqliteStoreTests(TestCase):
             await done
         await store.remove_detached("nobody")
         store.stop()
+        self.assertEqual((self.folder / "tasks.sqlite").stat().st_mode & 0o777, 0o600)
         store = self.store()
         self.assertEqual(
             await store.load_detached(),

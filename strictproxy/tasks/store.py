@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, fields
@@ -229,6 +230,8 @@ class SqliteStore:
 
     def _open(self) -> sqlite3.Connection:
         self._take_lock()
+        # Ids are secrets of their clients.
+        os.close(os.open(self._path, os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = sqlite3.connect(self._path, check_same_thread=False, timeout=1.0)
         try:
             # What has been written is there after a power cut.
