@@ -539,6 +539,13 @@ class BoundTests(DetachedTestCase):
         self.assertEqual((status, problem["reason"]), (502, "result_too_large"))
         self.assertIn("the 1000 bytes allowed", problem["detail"])
         self.assertEqual(self.detached.size, 0)
+        await self.say("POST", "/part", ASYNC, body=b"work")
+        pod = await self.arrival(b" /part ")
+        pod.send(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 500)
+        results = self.folder / "results"
+        await self.until(lambda: list(results.iterdir()))
+        pod.send(b"x" * 501)
+        await self.until(lambda: not list(results.iterdir()))
         await self.done("/fits", 1000)
 
     async def test_room(self) -> None:
@@ -632,9 +639,9 @@ class ClientTests(DetachedTestCase):
         real = store.put_detached
         held: list[Deferred[None]] = []
 
-        def put(document: Any) -> Deferred[None]:
+        def put(document: Any, new: bool = False) -> Deferred[None]:
             held.append(Deferred())
-            return held[-1].addCallback(lambda _: real(document))
+            return held[-1].addCallback(lambda _: real(document, new=new))
 
         for lines, tasks in (((), 0), (("Idempotency-Key: k",), 1)):
             self.patch(store, "put_detached", put)
@@ -839,7 +846,7 @@ class DiskTests(DetachedTestCase):
         """Nor if its record is not."""
         await self.begin()
         store: Any = self.detached.store
-        self.patch(store, "put_detached", lambda _: fail(StoreError("disk is full")))
+        self.patch(store, "put_detached", lambda _, new=False: fail(StoreError("disk is full")))
         for line in ("X: y", "Idempotency-Key: k"):
             answer = await self.say("POST", "/x", ASYNC, line, body=b"work")
             self.assertIn(b"HTTP/1.1 507 ", answer.received)
@@ -859,7 +866,7 @@ class DiskTests(DetachedTestCase):
         blocked = [await self.client(f"/{n}") for n in range(2)]
         await self.until(lambda: self.service.upstreams["u"].state().running == 2)
         location = await self.submit("/mine")
-        self.patch(store, "put_detached", lambda _: fail(StoreError("disk is full")))
+        self.patch(store, "put_detached", lambda _, new=False: fail(StoreError("disk is full")))
         for wire in blocked:
             wire.reset()
         await self.until(lambda: self.task(location).failures > 2)
@@ -895,7 +902,7 @@ class DiskTests(DetachedTestCase):
         wire = await self.arrival(b"work")
         store: Any = self.detached.store
         real = store.put_detached
-        self.patch(store, "put_detached", lambda _: fail(StoreError("disk is full")))
+        self.patch(store, "put_detached", lambda _, new=False: fail(StoreError("disk is full")))
         wire.send(response(b"done"))
         await self.until(lambda: self.task(location).failures > 2)
         self.assertEqual((await self.ask(location))[1]["state"], "running")

@@ -112,22 +112,51 @@ class SqliteStoreTests(TestCase):
         with self.assertRaisesRegex(StoreError, "its layout is 99"):
             await self.store().load()
 
-    async def test_disk_full(self) -> None:
-        """What cannot be written fails, and what was there stays."""
-        store = self.store()
-        await store.add(ONE)
-
+    async def fill_the_disk(self, store: SqliteStore) -> None:
         def limit(connection: sqlite3.Connection) -> None:
             (pages,) = connection.execute("PRAGMA page_count").fetchone()
             connection.execute(f"PRAGMA max_page_count = {pages}")
 
         await store._run(limit)
+
+    async def test_disk_full(self) -> None:
+        """What cannot be written fails, and what was there stays."""
+        store = self.store()
+        await store.add(ONE)
+        await self.fill_the_disk(store)
         with self.assertRaisesRegex(StoreError, "disk is full"):
             for number in range(1000):
                 await store.add(
-                    Record("r", "u", f"{number}" * 50, "h", 1, "c" * 100, "r", float(number), None)
+                    Record("r", "u", f"{number}" * 50, "h", 1, "c" * 9000, "r", float(number), None)
                 )
         self.assertIn(ONE, await store.load())
+
+    async def test_disk_full_for_new_ones(self) -> None:
+        """New requests are turned away while those that are there can still change, and end."""
+        store = self.store()
+        documents = [{"id": f"{n}", "seq": n, "state": "queued", "x": "x" * 500} for n in range(50)]
+        for document in documents:
+            await store.put_detached(document, new=True)
+        await self.fill_the_disk(store)
+        turned_away = 0
+        for number in range(50, 1000):
+            try:
+                await store.put_detached(
+                    {"id": f"{number}", "seq": number, "x": "x" * 3000}, new=True
+                )
+            except StoreError:
+                turned_away += 1
+        self.assertGreater(turned_away, 500)
+        store.stop()
+        store = self.store()
+        await self.fill_the_disk(store)
+        for state in ("running", "done"):
+            for document in documents:
+                await store.put_detached({**document, "state": state, "lines": "y" * 1500})
+        found = await store.load_detached()
+        self.assertEqual([each["state"] for each in found[:50]], ["done"] * 50)
+        journal = self.folder / "tasks.sqlite-journal"
+        self.assertGreater(journal.stat().st_size, 500_000)
 
 
 class AdoptTests(TestCase):

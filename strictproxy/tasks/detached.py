@@ -290,7 +290,7 @@ class DetachedTasks:
         self._register(task)
         waiting: Deferred[DetachedTask] = Deferred()
         self._new[record.id] = [waiting]
-        stored = self.store.put_detached(record.document())
+        stored = self.store.put_detached(record.document(), new=True)
         stored.addErrback(_not_stored)
         stored.addBoth(self._written, task)
         return waiting
@@ -391,7 +391,9 @@ class DetachedTasks:
         self._ended[record.id] = task
         self.size -= record.body_size
         record.body_size = 0
-        self._in_thread(self._files.remove_body, record.id)
+        # Of an answer that could not be kept there may be a part.
+        done = record.state is DetachedState.DONE
+        self._in_thread(self._files.remove_body if done else self._files.remove, record.id)
         _log.info("{task} {state}", task=task, state=record.state.value)
         task.changed()
         self._on_end(task)

@@ -4,6 +4,10 @@ Tasks on disk, so that a restart knows of them.
 SQLite in a thread of its own; whoever asks gets Deferreds. What is written at
 the same time is committed at once, since it is the disk that takes its time.
 
+On a full disk, tasks that are there must still be able to end, or they would
+never make room. So the file always has free pages, and its journal its size
+(PERSIST); a new detached request is turned away rather than given the last of them.
+
 A tracked task's record is written when it is known and taken out when it has
 ended, so what is found at the start is what was running. A detached request's
 is written before its client hears of it, and at each change of its state.
@@ -16,6 +20,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -33,6 +38,9 @@ Work = tuple[str, tuple[Any, ...]]
 
 #: Of the file's layout; each one has all that those before had.
 _VERSION = 2
+#: Pages of the file that are kept free, and a little less than what one holds, bytes.
+_FREE_PAGES = 128
+_PAGE = 4000
 _LAYOUT = (
     "CREATE TABLE IF NOT EXISTS tracked (route TEXT, upstream TEXT, task_id TEXT,"
     " host TEXT, port INTEGER, client TEXT, request_id TEXT, since REAL,"
@@ -87,11 +95,13 @@ class ITaskStore(Protocol):
     def load_detached(self) -> Deferred[list[Mapping[str, Any]]]:
         """Return the documents of all detached requests, in order. Fails with `StoreError`."""
 
-    def put_detached(self, document: Mapping[str, Any]) -> Deferred[None]:
+    def put_detached(self, document: Mapping[str, Any], *, new: bool = False) -> Deferred[None]:
         """
         Remember a detached request as it is now, by its `id`; `seq` is its place in the order.
 
         When this fires it is there after a power cut. Fails with `StoreError`.
+
+        :param new: it has not been there before, and need not be if there is little room.
         """
 
     def remove_detached(self, task_id: str) -> Deferred[None]:
@@ -117,7 +127,10 @@ class SqliteStore:
         self._stopped = False
         #: what is to be written, and who waits for it
         self._work: list[tuple[Work, Deferred[None]]] = []
-        self._writing = False
+        #: the same, of what may not be written unless there is room for more
+        self._new: list[tuple[Work, Deferred[None]]] = []
+        #: commits under way
+        self._commits = 0
         self._timer: IDelayedCall | None = None
         #: held for as long as the file is open: two processes would run everything twice
         self._lock: IO[bytes] | None = None
@@ -142,12 +155,13 @@ class SqliteStore:
         """Return the documents of all detached requests; see `ITaskStore`."""
         return self._read(self._load_detached)
 
-    def put_detached(self, document: Mapping[str, Any]) -> Deferred[None]:
+    def put_detached(self, document: Mapping[str, Any], *, new: bool = False) -> Deferred[None]:
         """Remember a detached request; see `ITaskStore`."""
         text = json.dumps(document, separators=(",", ":"))
         return self._write(
             "INSERT OR REPLACE INTO detached VALUES (?, ?, ?)",
             (document["id"], document["seq"], text),
+            new=new,
         )
 
     def remove_detached(self, task_id: str) -> Deferred[None]:
@@ -165,11 +179,12 @@ class SqliteStore:
 
     # -- writing
 
-    def _write(self, statement: str, values: tuple[Any, ...]) -> Deferred[None]:
+    def _write(
+        self, statement: str, values: tuple[Any, ...], *, new: bool = False
+    ) -> Deferred[None]:
         done: Deferred[None] = Deferred()
-        self._work.append(((statement, values), done))
-        if not self._writing:
-            self._writing = True
+        (self._new if new else self._work).append(((statement, values), done))
+        if not self._commits and self._timer is None:
             # What else is written in this turn of the reactor comes along.
             self._timer = self._reactor.callLater(0, self._flush)
         return done
@@ -187,21 +202,31 @@ class SqliteStore:
     def _flush(self) -> None:
         self._timer = None
         work, self._work = self._work, []
-        if not work:
-            self._writing = False
-            return
-        waiting = [done for _, done in work]
+        new, self._new = self._new, []
+        self._commit(work, self._execute)
+        self._commit(new, self._execute_new)
 
-        def written(result: Any) -> None:
-            for done in waiting:
+    def _commit(
+        self,
+        work: list[tuple[Work, Deferred[None]]],
+        execute: Callable[[sqlite3.Connection, list[Work]], None],
+    ) -> None:
+        if not work:
+            return
+
+        def committed(result: Any) -> None:
+            self._commits -= 1
+            for _, done in work:
                 if isinstance(result, Failure):
                     done.errback(Failure(StoreError(str(result.value))))
                 else:
                     done.callback(None)
-            self._flush()
+            if not self._commits and self._timer is None:
+                self._flush()
 
-        execute = [each for each, _ in work]
-        self._run(lambda connection: self._execute(connection, execute)).addBoth(written)
+        self._commits += 1
+        statements = [each for each, _ in work]
+        self._run(lambda connection: execute(connection, statements)).addBoth(committed)
 
     # -- in the thread
 
@@ -235,7 +260,7 @@ class SqliteStore:
         connection = sqlite3.connect(self._path, check_same_thread=False, timeout=1.0)
         try:
             # What has been written is there after a power cut.
-            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA journal_mode = PERSIST")
             connection.execute("PRAGMA synchronous = FULL")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version > _VERSION:
@@ -246,6 +271,9 @@ class SqliteStore:
                 for statement in _LAYOUT:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
+            # A disk that is full already keeps nobody from working off what there is.
+            with suppress(sqlite3.OperationalError):
+                self._keep_room(connection)
         except BaseException:
             connection.close()
             raise
@@ -267,6 +295,31 @@ class SqliteStore:
         with connection:
             for statement, values in work:
                 connection.execute(statement, values)
+
+    def _execute_new(self, connection: sqlite3.Connection, work: list[Work]) -> None:
+        self._keep_room(connection)
+        self._execute(connection, work)
+
+    def _keep_room(self, connection: sqlite3.Connection) -> None:
+        """
+        See to it that there are free pages in the file, and that the journal has its size.
+
+        :raise sqlite3.OperationalError: the disk is full.
+        """
+        (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+        if free >= _FREE_PAGES:
+            return
+        rows = [(_PAGE,)] * (2 * _FREE_PAGES)
+        with connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS room (page BLOB)")
+            connection.executemany("INSERT INTO room VALUES (zeroblob(?))", rows)
+        journal = self._path.with_name(self._path.name + "-journal")
+        if journal.stat().st_size < len(rows) * _PAGE:
+            # What is changed goes through the journal.
+            with connection:
+                connection.execute("UPDATE room SET page = randomblob(?)", (_PAGE,))
+        with connection:
+            connection.execute("DELETE FROM room")
 
     def _close(self) -> None:
         if self._connection is not None:
