@@ -148,7 +148,8 @@ class Exchange(Answering):
             self._proxy.begin(self, route)
             self.upstream = self._proxy.upstreams[route.upstream]
             self._allowed = pods
-            if self._is_spooled(route):
+            spools = route.body is Body.SPOOL or route.task is not None
+            if spools and self._is_spooled(route):
                 self._receive(self._proxy.make_spool(request))
             else:
                 self._upload = Upload(request, request.stored, self._keep, self._broken)
@@ -198,7 +199,7 @@ class Exchange(Answering):
         if self._trace is not None:
             self._trace.waits(route.name, upstream.name)
         patient = self._request.before_pod is not None
-        lease = upstream.acquire(route.name, self._allowed, self, patient=patient)
+        lease = upstream.acquire(route.name, self._allowed, self, patient)
         if isinstance(lease, Lease):
             self._leased(lease)
         else:

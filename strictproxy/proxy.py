@@ -229,7 +229,7 @@ class ProxyResource(Resource):
     def begin(self, exchange: Exchange | Submission, route: RouteConfig) -> None:
         """Take note of an exchange whose route has been found."""
         self.running.add(exchange)
-        if exchange.bounded:
+        if self._timeouts and exchange.bounded:
             self.limit_time(exchange, route)
 
     def limit_time(self, exchange: Answering, route: RouteConfig) -> None:
@@ -246,8 +246,10 @@ class ProxyResource(Resource):
         if error is not None and not exchange.client_left:
             route = "" if exchange.route is None else exchange.route.name
             self.errors.append((self.now(), error.reason, route, None if pod is None else str(pod)))
-        if exchange.route is not None and exchange.route.name in self._timeouts:
-            self._timeouts[exchange.route.name].stop(exchange)
+        if self._timeouts and exchange.route is not None:
+            timeouts = self._timeouts.get(exchange.route.name)
+            if timeouts is not None:
+                timeouts.stop(exchange)
 
     def sweep(self) -> None:
         """End the exchanges that have taken too long; to be called now and then."""

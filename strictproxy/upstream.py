@@ -210,13 +210,10 @@ class Upstream:
         route: str,
         allowed: frozenset[Address] | None,
         owner: LeaseOwner,
-        *,
         patient: bool = False,
     ) -> Lease | Deferred[Lease]:
         """Take a slot, or wait for one; see `Scheduler.acquire`."""
-        result = self.scheduler.acquire(
-            route, self._clock.seconds(), allowed, owner, patient=patient
-        )
+        result = self.scheduler.acquire(route, self._clock.seconds(), allowed, owner, patient)
         if self._timer is None and isinstance(result, Deferred):
             self._set_timer()
         return result

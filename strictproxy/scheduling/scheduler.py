@@ -32,6 +32,8 @@ from strictproxy.scheduling.leases import Lease, PodState, SchedulerState
 from strictproxy.scheduling.line import Line, LineKey, Ticket
 from strictproxy.scheduling.pods import Address, Hold, LeastHeap, Pod
 
+#: Pods that refused a request which has just come.
+_NOBODY: frozenset[Address] = frozenset()
 #: Weight of the newest observation in the mean time a lease is held.
 _SMOOTHING = 0.1
 
@@ -96,7 +98,6 @@ class Scheduler:
         now: float,
         allowed: frozenset[Address] | None = None,
         owner: object = None,
-        *,
         patient: bool = False,
     ) -> Lease | Deferred[Lease]:
         """
@@ -108,7 +109,7 @@ class Scheduler:
         :raise LineFull: nobody else may wait.
         """
         self._ordinal += 1
-        ticket = Ticket(route, self._ordinal, now, allowed, owner=owner, patient=patient)
+        ticket = Ticket(route, self._ordinal, now, allowed, _NOBODY, owner, patient)
         # While leases are being handed out, those who wait come first.
         if not self._dispatching:
             pod = self._least_for(route, allowed, ticket.excluded)

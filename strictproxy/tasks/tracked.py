@@ -266,7 +266,7 @@ class TrackedTasks:
 
     def submit_ended(self, number: int) -> None:
         """Note that a submit call is over; without a task, nobody may call back any more."""
-        token = self._awaited.pop(number, None)
+        token = self._awaited.pop(number, None) if self._awaited else None
         if token is not None:
             self._tokens.pop(token, None)
             self._early.discard(token)
