@@ -50,7 +50,7 @@ class Answering:
     __slots__ = (
         "_finished",
         "_forwarding",
-        "_owner",
+        "_proxy",
         "_request",
         "_started",
         "_trace",
@@ -67,15 +67,14 @@ class Answering:
         "upstream",
     )
 
-    def __init__(self, owner: AnsweringOwner, request: Request) -> None:
-        self._owner = owner
+    def __init__(self, proxy: AnsweringOwner, request: Request) -> None:
+        self._proxy = proxy
         self._request = request
-        self._started = owner.now()
-        self.number = owner.next_number()
-        self.peer = request.peer
-        self.client = request.client
+        self._started = proxy.now()
+        self.number = proxy.next_number()
+        self.peer, self.client = request.origin()
         self.identity = request_id(request.head)
-        self._trace = None if owner.tracing is None else owner.tracing.begin(request.head)
+        self._trace = None if proxy.tracing is None else proxy.tracing.begin(request.head)
         self._forwarding: Forwarding | None = None
         self.upstream: Upstream | None = None
         self._finished = False
@@ -103,18 +102,18 @@ class Answering:
 
     def _account(self) -> None:
         """Count, trace and log the answer."""
-        owner = self._owner
-        now, granted, route = owner.now(), self.granted, self.route
-        counters = owner.counters
-        (counters.unrouted if route is None else counters.of(route.name)).ended(
+        owner = self._proxy
+        now, granted, forwarding = owner.now(), self.granted, self._forwarding
+        counters, error = owner.counters, self.error
+        (counters.unrouted if forwarding is None else counters.of(forwarding.route.name)).ended(
             499 if self.client_left else self._request.status,
-            None if self.error is None else self.error.reason,
+            None if error is None else error.reason,
             (now if granted is None else granted) - self._started,
             None if granted is None else now - granted,
             self.tries,
         )
         if self._trace is not None:
-            reason = None if self.error is None else self.error.reason
+            reason = None if error is None else error.reason
             self._trace.ended(self._request.status, reason, self.tries)
         if owner.log_access is not None:
             owner.log_access(self._record(now))

@@ -67,6 +67,8 @@ class SubmissionOwner(AnsweringOwner, Protocol):
 class Submission(Answering):
     """One request on its way to being a task."""
 
+    _proxy: SubmissionOwner
+
     __slots__ = (
         "_body_hash",
         "_callback",
@@ -75,7 +77,6 @@ class Submission(Answering):
         "_id",
         "_key",
         "_preferences",
-        "_proxy",
         "_received",
         "_spool",
     )
@@ -94,7 +95,6 @@ class Submission(Answering):
         preferences: Preferences,
     ) -> None:
         super().__init__(proxy, request)
-        self._proxy = proxy
         self._detached = detached
         self._forwarding = forwarding
         self.upstream = upstream

@@ -77,6 +77,8 @@ class ExchangeOwner(AnsweringOwner, Protocol):
 class Exchange(Answering):
     """One request and its response passing through."""
 
+    _proxy: ExchangeOwner
+
     __slots__ = (
         "_allowed",
         "_answer",
@@ -86,7 +88,6 @@ class Exchange(Answering):
         "_ended_half",
         "_keep",
         "_lease",
-        "_proxy",
         "_task",
         "_tunnel",
         "_upload",
@@ -95,7 +96,6 @@ class Exchange(Answering):
 
     def __init__(self, proxy: ExchangeOwner, request: Request) -> None:
         super().__init__(proxy, request)
-        self._proxy = proxy
         self._keep = request.keep
         #: the only pods it may go to, or None for any
         self._allowed: frozenset[Address] | None = None
@@ -192,9 +192,10 @@ class Exchange(Answering):
     # -- lease
 
     def _acquire(self) -> None:
-        route, upstream = self.route, self.upstream
-        assert route is not None
+        forwarding, upstream = self._forwarding, self.upstream
+        assert forwarding is not None
         assert upstream is not None
+        route = forwarding.route
         self._waiting = None
         if self._trace is not None:
             self._trace.waits(route.name, upstream.name)
@@ -367,7 +368,8 @@ class Exchange(Answering):
         """Pass the head on, with the first of the body."""
         if self._upload is not None:
             self._upload.answered()
-        if self._looks_for_tasks():
+        forwarding = self._forwarding
+        if forwarding is not None and forwarding.route.task is not None:
             self._answer = head
             self._collected = bytearray(data)
         if ended:
@@ -396,12 +398,12 @@ class Exchange(Answering):
 
     def _judge(self, head: ResponseHead) -> None:
         """Tell the upstream how its pod did."""
-        upstream, route, pod = self.upstream, self.route, self.pod
-        if upstream is None or route is None or pod is None:
+        upstream, forwarding, pod = self.upstream, self._forwarding, self.pod
+        if upstream is None or forwarding is None or pod is None:
             return
         if self.granted is not None:
             upstream.began_to_answer(pod, self._proxy.now() - self.granted)
-        if head.status in route.failures:
+        if head.status in forwarding.route.failures:
             upstream.failed(pod, f"it answered with {head.status}")
         else:
             upstream.answered(pod)
@@ -444,10 +446,6 @@ class Exchange(Answering):
         else:
             self._request.end(data, trailers)
         self._finish()
-
-    def _looks_for_tasks(self) -> bool:
-        route = self.route
-        return route is not None and route.task is not None
 
     def _collect(self, data: bytes) -> None:
         if self._collected is not None:

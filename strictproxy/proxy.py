@@ -183,7 +183,7 @@ class ProxyResource(Resource):
         if preferences is None or self.detached is None:
             return False
         try:
-            forwarding, _ = self.choose(request_info(request.head, request.client))
+            forwarding, _ = self.choose(request_info(request.head, request.origin()[1]))
         except ProxyError:
             return False  # an exchange will say so
         if forwarding.route.detach is None:

@@ -81,13 +81,8 @@ class Request(Protocol):
     def task_id(self) -> str | None:
         """What people may call it by, if it is a task."""
 
-    @property
-    def peer(self) -> Peer:
-        """Who is, or was, at the other end of the connection."""
-
-    @property
-    def client(self) -> str:
-        """The client's address."""
+    def origin(self) -> tuple[Peer, str]:
+        """Return who is, or was, at the other end of the connection, and the client's address."""
 
     @property
     def keep(self) -> int:
@@ -211,17 +206,12 @@ class ClientRequest:
         self._ahead_size = 0
         self._received = 0
 
-    @property
-    def peer(self) -> Peer:
-        """Who is at the other end; to be asked while somebody is."""
-        assert self.channel is not None
-        return self.channel.peer
-
-    @property
-    def client(self) -> str:
-        """The client's address; to be asked while it is there."""
-        assert self.channel is not None
-        return client_address(self.head, self.channel.peer, self.channel.site.is_trusted)
+    def origin(self) -> tuple[Peer, str]:
+        """Return who is at the other end, and the client's address; while it is there."""
+        channel = self.channel
+        assert channel is not None
+        peer = channel.peer
+        return peer, client_address(self.head, peer, channel.site.is_trusted)
 
     @property
     def keep(self) -> int:

@@ -38,12 +38,15 @@ class UnattendedRequest:
         self.handler: RequestHandler | None = None
         self.stored: StoredBody | None = stored
         self.task_id: str | None = None
-        self.peer = peer
-        self.client = client
+        self._origin = peer, client
         self.before_pod: Callable[[Address], Deferred[None]] = lambda _: succeed(None)
         self.trailers: list[Field] = []
         self.status = 0
         self.bytes_sent = 0
+
+    def origin(self) -> tuple[Peer, str]:
+        """Return who sent it, and the client's address."""
+        return self._origin
 
     def limit_body(self, max_body: int | None) -> None:
         """Do nothing: the body has been accepted."""
