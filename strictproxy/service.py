@@ -266,7 +266,7 @@ class ProxyService(Service):
             # Where clients are, being near is no reason for trust.
             Access(self.config.admin).check(authorization, changes=True)
         except Refused as error:
-            return error.status, str(error)
+            return error.status, f"listing tasks takes the admin token: {error}"
         return None
 
     async def _load(self, store: SqliteStore) -> list[Record]:

@@ -399,6 +399,8 @@ class EndTests(DetachedTestCase):
         location = await self.submit()
         await self.until(lambda: self.task(location).failures > 1)
         self.assertEqual((await self.ask(location))[1]["state"], "queued")
+        await self.until(lambda: self.task(location).run is None)
+        self.assertEqual(self.task(location).record.attempts, 0)
         for pod, port in zip(self.pods, ports, strict=True):
             pod.port = reactor.listenTCP(port, pod, interface="127.0.0.1")
         wire = await self.arrival(b"work")
@@ -606,6 +608,7 @@ class ListTests(DetachedTestCase):
             answer = await self.say("GET", "/.strictproxy/tasks", line)
             self.assertIn(b"HTTP/1.1 401 ", answer.received)
             self.assertIn(b"\r\nWWW-Authenticate: Bearer", answer.received)
+            self.assertIn(b"listing tasks takes the admin token", answer.received)
 
     async def test_no_admin(self) -> None:
         """Without an admin listener nobody sees them."""

@@ -75,11 +75,22 @@ class Run(unattended.Run, Protocol):
 class DetachedTask:
     """One detached request: its record, and what happens with it now."""
 
-    __slots__ = ("_owner", "failures", "record", "run", "settling", "timer", "watchers")
+    __slots__ = (
+        "_counted",
+        "_owner",
+        "failures",
+        "record",
+        "run",
+        "settling",
+        "timer",
+        "watchers",
+    )
 
     def __init__(self, owner: DetachedTasks, record: DetachedRecord) -> None:
         self._owner = owner
         self.record = record
+        #: this run is among its attempts
+        self._counted = False
         #: None while there is none, as between two tries
         self.run: Run | None = None
         self.timer: IDelayedCall | None = None
@@ -132,7 +143,10 @@ class DetachedTask:
         record.state = DetachedState.RUNNING
         record.pod = (address.host, address.port)
         record.started = self._owner.clock.seconds()
-        record.attempts += 1
+        if not self._counted:
+            # However many pods refuse it, or it moves to: it is one attempt.
+            self._counted = True
+            record.attempts += 1
         stored = self._owner.store.put_detached(record.document())
         return stored.addCallbacks(lambda _: self.changed(), _not_recorded)
 
@@ -158,6 +172,9 @@ class DetachedTask:
         """Try again, or write down that there is no answer."""
         self.run = None
         self.drop_result()
+        if self._counted and error.retry_elsewhere:
+            self.record.attempts -= 1
+        self._counted = False
         self._owner.failed(self, error)
 
     # -- inside
