@@ -30,7 +30,8 @@ from strictproxy.http.problems import reason_phrase
 from strictproxy.http.request import ClientRequest
 from strictproxy.http.spool import Spool
 from strictproxy.tasks.callbacks import Callbacks
-from strictproxy.tasks.detached import TASKS_PATH, DetachedTask, DetachedTasks
+from strictproxy.tasks.detached import DetachedTasks
+from strictproxy.tasks.detached_task import TASKS_PATH, DetachedTask
 from strictproxy.tasks.record import Callback, DetachedRecord
 from strictproxy.upstream import Upstream
 

@@ -43,7 +43,8 @@ from strictproxy.scheduling import Address
 from strictproxy.task_pages import TaskPages
 from strictproxy.tasks.aftermath import Aftermath
 from strictproxy.tasks.callbacks import Callbacks
-from strictproxy.tasks.detached import DetachedTask, DetachedTasks
+from strictproxy.tasks.detached import DetachedTasks
+from strictproxy.tasks.detached_task import DetachedTask
 from strictproxy.tasks.record import DetachedRecord
 from strictproxy.tasks.task import TrackedTask
 from strictproxy.tasks.tracked import CALLBACK_PATH, TrackedTasks

@@ -13,7 +13,6 @@ import os
 import random
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -37,10 +36,11 @@ from strictproxy.admin.resources import QuietSite, make_admin
 from strictproxy.config import Config
 from strictproxy.config.changes import changes
 from strictproxy.config.file import ConfigFile
-from strictproxy.config.model import AdminConfig, ListenConfig, LogConfig, TasksConfig
+from strictproxy.config.model import AdminConfig, ListenConfig, LogConfig
 from strictproxy.errors import Cancelled, ConfigError, ShuttingDown
 from strictproxy.http.site import StrictSite
 from strictproxy.http.tls import ServerCertificates
+from strictproxy.keeping import TaskKeeper
 from strictproxy.listeners import Listeners
 from strictproxy.logs import AccessLog, LogWriter
 from strictproxy.metrics import ProcessFigures, ProxyCollector, new_latency
@@ -48,11 +48,6 @@ from strictproxy.parts import Parts, make_routers
 from strictproxy.process import descriptors, spare_the_collector, within_descriptors
 from strictproxy.proxy import ProxyResource
 from strictproxy.scheduling import Address
-from strictproxy.task_pages import TaskPages
-from strictproxy.tasks.callbacks import Callbacks
-from strictproxy.tasks.detached import DetachedTasks
-from strictproxy.tasks.files import TaskFiles
-from strictproxy.tasks.store import Record, SqliteStore, StoreError, StoreInUse
 from strictproxy.tracing import Tracing, make_provider
 from strictproxy.upstream import Upstream
 
@@ -61,8 +56,6 @@ _log = Logger()
 _POOL_SWEEP = 0.5
 #: How often the configuration and certificate files are looked at, seconds.
 _LOOK_EVERY = 5.0
-#: How often a store that another process has is tried, seconds.
-_STORE_WAIT = 0.5
 #: Seconds that the last spans get to be exported.
 _EXPORT = 5.0
 
@@ -151,6 +144,7 @@ class ProxyService(Service):
             config.client,
         )
         self.proxy.tracing = _tracing(config)
+        self.keeper = TaskKeeper(self.proxy, self._parts.resolve, self._may_list, self._reactor)
         client = within_descriptors(config.client, descriptors())
         self.site = StrictSite(self.proxy, client, self._reactor)
         self.site.noisy = False
@@ -216,47 +210,10 @@ class ProxyService(Service):
         self._sweeper.start(_POOL_SWEEP, now=False).addErrback(_log_failure)
         self._looker.start(_LOOK_EVERY, now=False).addErrback(_log_failure)
         if self.config.tasks is not None:
-            await self._restore_tasks(self.config.tasks)
+            await self.keeper.start(self.config.tasks, self.config.routes, self.upstreams)
         for upstream in self.upstreams.values():
             upstream.start()
         await self._listen(self.config, self._certificates, self.admin)
-
-    async def _restore_tasks(self, config: TasksConfig) -> None:
-        """Hold the slots of tasks that run, before anything is dispatched."""
-        proxy = self.proxy
-        store = SqliteStore(config.directory, self._reactor)
-        files = TaskFiles(config.directory)
-        detached = DetachedTasks(
-            config, store, files, self._reactor, proxy.make_run, proxy.detached_ended
-        )
-        try:
-            records = await self._load(store)
-            documents = await store.load_detached()
-            callbacks = self._make_callbacks(config, detached)
-            # A task that is no good is told before any file is removed.
-            waiting = detached.restore(documents, proxy.hold)
-            await deferToThreadPool(
-                self._reactor, self._reactor.getThreadPool(), files.prepare, *detached.names()
-            )
-        except (StoreError, ConfigError, OSError):
-            # To go on without it would be to forget which slots are taken.
-            store.stop()
-            raise
-        proxy.tasks.store = store
-        proxy.tasks.restore(records, self.config.routes, self.upstreams, proxy.next_number)
-        proxy.detached, proxy.callbacks = detached, callbacks
-        proxy.pages = TaskPages(detached, self._reactor, self._may_list)
-        for task in waiting:
-            detached.begin(task)
-        if callbacks is not None:
-            for task in detached:
-                if task.ended:
-                    callbacks.tell(task)
-
-    def _make_callbacks(self, config: TasksConfig, detached: DetachedTasks) -> Callbacks | None:
-        if config.callbacks is None:
-            return None
-        return Callbacks(config.callbacks, self._reactor, self._parts.resolve, detached.save)
 
     def _may_list(self, authorization: str | None) -> tuple[int, str] | None:
         """Return why somebody may not see the tasks of all clients, or None."""
@@ -268,18 +225,6 @@ class ProxyService(Service):
         except Refused as error:
             return error.status, f"listing tasks takes the admin token: {error}"
         return None
-
-    async def _load(self, store: SqliteStore) -> list[Record]:
-        """Read what was running; while another process has it, as during a change-over, wait."""
-        told = False
-        while True:
-            try:
-                return await store.load()
-            except StoreInUse as error:
-                if not told:
-                    _log.warn("waiting: {error}", error=error)
-                told = True
-                await deferLater(self._reactor, _STORE_WAIT)
 
     def _make_admin(self, config: AdminConfig | None) -> QuietSite | None:
         if config is None:
@@ -371,12 +316,7 @@ class ProxyService(Service):
         """
         old = self.config
         # What can fail, first: nothing that is used now is touched.
-        if _directory(config) != _directory(old):
-            raise ConfigError("tasks.directory cannot change while the proxy runs")
-        detached, old_callbacks = self.proxy.detached, self.proxy.callbacks
-        callbacks, tasks = old_callbacks, config.tasks
-        if tasks is not None and tasks != old.tasks and detached is not None:
-            callbacks = self._make_callbacks(tasks, detached)
+        change_tasks = self.keeper.change(config.tasks)
         routers = make_routers(config, self._pods_of)
         kept = self._find_kept(config)
         ways = {
@@ -421,10 +361,7 @@ class ProxyService(Service):
             self.upstreams, config.routes, routers, _access_log(config.log), config.client
         )
         self.proxy.tracing = tracing
-        if tasks is not None and detached is not None:
-            detached.config = tasks
-        if callbacks is not old_callbacks:
-            self._change_callbacks(old_callbacks, callbacks)
+        change_tasks()
         if old_tracing is not None and old_tracing is not tracing:
             self._stop_tracing(old_tracing)
         self.site.configure(within_descriptors(config.client, descriptors()))
@@ -432,14 +369,6 @@ class ProxyService(Service):
         self._configured_at = self._reactor.seconds()
         self.config = config
         return changes(old, config)
-
-    def _change_callbacks(self, old: Callbacks | None, new: Callbacks | None) -> None:
-        self.proxy.callbacks = new
-        if old is not None:
-            old.stop()
-        for task in self.proxy.detached or () if new is not None else ():
-            if task.ended and new is not None:
-                new.tell(task)
 
     def _find_kept(self, config: Config) -> dict[str, Upstream]:
         """
@@ -480,20 +409,12 @@ class ProxyService(Service):
         # Whoever looks, and whoever drains, still can.
         await self._listeners.change(admin, shared=self.config.reuse_port)
         self.site.close_idle()
-        proxy = self.proxy
-        if proxy.detached is not None:
-            # Those that wait are on the disk: they go on after the restart.
-            proxy.detached.withdraw()
+        self.keeper.withdraw()
         await self._drained()
-        if proxy.detached is not None:
-            proxy.detached.stop()
-        if proxy.callbacks is not None:
-            proxy.callbacks.stop()
-        if proxy.pages is not None:
-            proxy.pages.stop()
-        for exchange in (*proxy.running, *proxy.held):
+        self.keeper.interrupt()
+        for exchange in (*self.proxy.running, *self.proxy.held):
             exchange.abandon(ShuttingDown("the proxy is shutting down"))
-        proxy.tasks.stop()
+        self.keeper.stop()
         self._events.stop()
         await self._listeners.close()
         for upstream in (*self.upstreams.values(), *self._retired):
@@ -516,19 +437,14 @@ class ProxyService(Service):
     async def _drained(self) -> None:
         """Wait until nothing runs or waits, at most `drain_timeout`."""
         deadline = self._reactor.seconds() + self.config.drain_timeout
-        proxy, detached = self.proxy, self.proxy.detached
-        if proxy.running or len(proxy.tasks):
+        proxy, keeper = self.proxy, self.keeper
+        if proxy.running or keeper.busy:
             _log.info(
                 "draining {count} requests and {tasks} tasks",
                 count=len(proxy.running),
                 tasks=len(proxy.tasks),
             )
-
-        def busy() -> bool:
-            written = detached is None or not detached.running
-            return bool(proxy.running or len(proxy.tasks) or not written)
-
-        while busy() and self._reactor.seconds() < deadline:
+        while (proxy.running or keeper.busy) and self._reactor.seconds() < deadline:
             await deferLater(self._reactor, 0.05)
 
     # -- what operators may do; see `strictproxy.admin.api.Control`
@@ -578,20 +494,10 @@ class ProxyService(Service):
             reloads=self.reloads,
             reload_failed=self.reload_error is not None,
             configured_at=self._configured_at,
-            tasks=self._active_tasks(),
+            tasks=self.keeper.active(),
             task_bytes=0 if self.proxy.detached is None else self.proxy.detached.size,
             callbacks={} if self.proxy.callbacks is None else self.proxy.callbacks.outcomes,
         )
-
-    def _active_tasks(self) -> dict[tuple[str, str, str], int]:
-        found: Counter[tuple[str, str, str]] = Counter()
-        for task in self.proxy.tasks:
-            found[task.upstream.name, task.route.name, task.state.value] += 1
-        for each in self.proxy.detached or ():
-            if not each.ended:
-                record = each.record
-                found[record.upstream, record.route, record.state.value] += 1
-        return found
 
     # -- now and then
 
@@ -608,10 +514,6 @@ class ProxyService(Service):
             if not self.proxy.uses(upstream):
                 self._retired.remove(upstream)
                 upstream.stop()
-
-
-def _directory(config: Config) -> str | None:
-    return None if config.tasks is None else config.tasks.directory
 
 
 def _routes_to(config: Config, upstream: str) -> list[Any]:

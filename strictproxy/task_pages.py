@@ -35,7 +35,8 @@ from strictproxy.http.problems import reason_phrase
 from strictproxy.http.ranges import Unsatisfiable, parse_range
 from strictproxy.http.reply import FileReply, Reply
 from strictproxy.http.request import ClientRequest
-from strictproxy.tasks.detached import TASKS_PATH, DetachedTask, DetachedTasks
+from strictproxy.tasks.detached import DetachedTasks
+from strictproxy.tasks.detached_task import TASKS_PATH, DetachedTask
 from strictproxy.tasks.record import DetachedState
 
 _log = Logger()

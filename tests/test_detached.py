@@ -18,7 +18,8 @@ from strictproxy.config.file import ConfigFile
 from strictproxy.detaching import Submission
 from strictproxy.logs import AccessRecord
 from strictproxy.service import ProxyService
-from strictproxy.tasks.detached import DetachedTask, DetachedTasks
+from strictproxy.tasks.detached import DetachedTasks
+from strictproxy.tasks.detached_task import DetachedTask
 from strictproxy.tasks.store import StoreError
 from tests.harness import ScriptedPod, Wire, response
 from tests.test_admin import AdminTestCase
@@ -389,9 +390,9 @@ class EndTests(DetachedTestCase):
 
     async def test_unreachable(self) -> None:
         """Without any pod that can be reached it stays in the line, and its turn comes."""
-        from strictproxy.tasks import detached
+        from strictproxy.tasks import detached_task
 
-        self.patch(detached, "_FIRST_PAUSE", 0.01)
+        self.patch(detached_task, "_FIRST_PAUSE", 0.01)
         await self.begin("limit: 1, health: {aside: 10ms, max_aside: 10ms}")
         ports = [pod.port.getHost().port for pod in self.pods]
         for pod in self.pods:
@@ -460,9 +461,9 @@ class RepeatTests(DetachedTestCase):
 
     async def test_repeats(self) -> None:
         """Where the route allows it, a request that a pod failed is given to one again."""
-        from strictproxy.tasks import detached
+        from strictproxy.tasks import detached_task
 
-        self.patch(detached, "_FIRST_PAUSE", 0.01)
+        self.patch(detached_task, "_FIRST_PAUSE", 0.01)
         await self.begin()
         location = await self.submit()
         for answer in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"):
@@ -829,7 +830,7 @@ class CrashTests(DetachedTestCase):
         service = ProxyService(file.read(), reactor, file)
         assert service.config.tasks is not None
         with self.assertRaisesRegex(StoreError, "not a detached request"):
-            await service._restore_tasks(service.config.tasks)
+            await service.keeper.start(service.config.tasks, service.config.routes, {})
         service._parts.stop()
         name = location.rpartition("/")[2]
         self.assertEqual([p.name for p in (self.folder / "bodies").iterdir()], [name])
@@ -860,9 +861,9 @@ class DiskTests(DetachedTestCase):
 
     async def test_run_cannot_be_written(self) -> None:
         """No pod gets a request as long as it could not be known after a crash that it did."""
-        from strictproxy.tasks import detached
+        from strictproxy.tasks import detached_task
 
-        self.patch(detached, "_FIRST_PAUSE", 0.01)
+        self.patch(detached_task, "_FIRST_PAUSE", 0.01)
         await self.begin()
         store: Any = self.detached.store
         real = store.put_detached
@@ -897,9 +898,9 @@ class DiskTests(DetachedTestCase):
 
     async def test_end_cannot_be_written(self) -> None:
         """Nobody is told of an end that a crash would take back; it is tried until it works."""
-        from strictproxy.tasks import detached
+        from strictproxy.tasks import detached_task
 
-        self.patch(detached, "_FIRST_PAUSE", 0.01)
+        self.patch(detached_task, "_FIRST_PAUSE", 0.01)
         await self.begin()
         location = await self.submit()
         wire = await self.arrival(b"work")

@@ -281,7 +281,7 @@ class RestartTests(AdminTestCase):
         service = ProxyService(file.read(), reactor, file)
         with self.assertRaisesRegex(StoreError, "not a database"):
             assert service.config.tasks is not None
-            await service._restore_tasks(service.config.tasks)
+            await service.keeper.start(service.config.tasks, service.config.routes, {})
         service._parts.stop()
 
     async def test_failing_store(self) -> None:

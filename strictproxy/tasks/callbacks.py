@@ -34,7 +34,7 @@ from zope.interface import implementer
 from strictproxy.asking import reason_of
 from strictproxy.config.model import CallbacksConfig
 from strictproxy.errors import CallbackForbidden, ConfigError
-from strictproxy.tasks.detached import DetachedTask
+from strictproxy.tasks.detached_task import DetachedTask
 
 _log = Logger()
 
