@@ -100,12 +100,12 @@ class TaskKeeper:
             try:
                 return await store.load()
             except StoreInUse as error:
-                if self._stopped:
-                    raise
                 if not told:
                     _log.warn("waiting: {error}", error=error)
                 told = True
                 await deferLater(self._reactor, _STORE_WAIT)
+                if self._stopped:
+                    raise
 
     def _make_callbacks(self, config: TasksConfig, detached: DetachedTasks) -> Callbacks | None:
         if config.callbacks is None:

@@ -809,6 +809,44 @@ class CrashTests(DetachedTestCase):
             await self.answer(number)
         self.assertEqual(await self.results(locations), [b"answer %d" % n for n in range(4)])
 
+    async def test_change_over(self) -> None:
+        """The next process waits for the folder until this one has let go of it."""
+        await self.begin()
+        location = await self.submit()
+        await self.answer_to(b"work")
+        await self.until_state(location, "done")
+        first = self.service
+        file = ConfigFile(self.path)
+        self.service = ProxyService(file.read(), reactor, file)
+        self.patch(self.service, "_take_signals", lambda: None)
+        self.service.startService()
+        await deferLater(reactor, 0.1)
+        self.assertIsNone(self.service.proxy.detached)
+        await first.stopService()
+        await self.service.started
+        self.traffic, self.admin = self.service.addresses()
+        self.assertEqual(await self.results([location]), [b"answer"])
+
+    async def test_stopped_before_its_turn(self) -> None:
+        """A process that waits for the folder can be stopped, and leaves nothing behind."""
+        await self.begin()
+        file = ConfigFile(self.path)
+        second = ProxyService(file.read(), reactor, file)
+        self.patch(second, "_take_signals", lambda: None)
+        failures: list[Any] = []
+        self.patch(second, "_cannot_start", failures.append)
+        second.startService()
+        await deferLater(reactor, 0.1)
+        await second.stopService()
+        await second.started
+        self.assertIn("another process has it", str(failures[0].value))
+        await self.submit()
+
+    async def answer_to(self, part: bytes) -> None:
+        wire = await self.arrival(part)
+        wire.take()
+        wire.send(response(b"answer"))
+
     async def test_route_is_gone(self) -> None:
         """A new configuration may have no place for it: that is told like everything else."""
         await self.begin()
