@@ -330,8 +330,7 @@ class Submission(Answering):
         self._finished = True
         spool, self._spool = self._spool, None
         if spool is not None and not self._handed_over:
-            spool.close()
-            self._detached.give_back(self._id, self._received)
+            self._detached.give_back(self._id, self._received, spool)
         self._proxy.ended(self)
         self._account()
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -635,6 +636,33 @@ class ClientTests(DetachedTestCase):
         await self.until(lambda: not self.service.proxy.running)
         self.assertEqual(self.detached.size, 0)
         self.assertEqual(list(self.detached), [])
+
+    async def test_leaves_while_it_is_written(self) -> None:
+        """Whatever a thread is about to write, nothing is left in the end."""
+        await self.begin()
+        files = self.detached._files
+        real, go_on = files.create_body, threading.Event()
+
+        def create(task_id: str) -> Any:
+            go_on.wait(10)
+            return real(task_id)
+
+        self.patch(files, "create_body", create)
+        wire = await self.connect()
+        wire.send(
+            b"POST / HTTP/1.1\r\nHost: h\r\nPrefer: respond-async\r\nContent-Length: 9\r\n\r\nhalf"
+        )
+        await self.until(lambda: self.detached.size == 4)
+        wire.reset()
+        await self.until(lambda: not self.service.proxy.running)
+        await deferLater(reactor, 0.05)
+        go_on.set()
+        bodies = self.folder / "bodies"
+        removed: list[str] = []
+        remove = files.remove_body
+        self.patch(files, "remove_body", lambda name: (remove(name), removed.append(name)))
+        await self.until(lambda: removed)
+        self.assertEqual(list(bodies.iterdir()), [])
 
     async def test_leaves_before_it_knows(self) -> None:
         """Without a key nobody could ask for the task that was about to be; with one it runs."""

@@ -41,6 +41,7 @@ class StoredBody:
         self._busy = False
         #: closed, or failed: nothing is kept and nobody is told any more
         self._closed = False
+        self._then: Callable[[], None] | None = None
 
     @property
     def in_memory(self) -> bool:
@@ -69,9 +70,14 @@ class StoredBody:
         self._busy = True
         return deferToThread(seek_and_read).addBoth(self._idle)
 
-    def close(self) -> None:
-        """Forget the body."""
+    def close(self, then: Callable[[], None] | None = None) -> None:
+        """
+        Forget the body.
+
+        :param then: called when no thread is at work on the file any more.
+        """
         self._closed = True
+        self._then = then
         if not self._busy:
             self._close_file()
 
@@ -86,6 +92,9 @@ class StoredBody:
         file, self._file = self._file, None
         if file is not None:
             file.close()
+        then, self._then = self._then, None
+        if then is not None:
+            then()
 
 
 class Spool(StoredBody):
@@ -151,10 +160,10 @@ class Spool(StoredBody):
         """Return the whole body, if it is in memory."""
         return b"".join(self._pieces)
 
-    def close(self) -> None:
+    def close(self, then: Callable[[], None] | None = None) -> None:
         """Forget the body; `stored` does not fire any more."""
         self._pieces.clear()
-        super().close()
+        super().close(then)
 
     def _flush(self) -> None:
         """Write what has come, in one thread at a time so that it stays in order."""

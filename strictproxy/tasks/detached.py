@@ -193,12 +193,13 @@ class DetachedTasks:
 
     def discard(self, record: DetachedRecord) -> None:
         """Forget the body of what has not become a task."""
-        self.give_back(record.id, record.body_size)
+        self.size -= record.body_size
+        self._in_thread(self._files.remove_body, record.id)
 
-    def give_back(self, task_id: str, size: int) -> None:
-        """Forget so much of a body that will not be a task's."""
+    def give_back(self, task_id: str, size: int, spool: Spool) -> None:
+        """Forget so much of a body that will not be a task's, and what receives it."""
         self.size -= size
-        self._in_thread(self._files.remove_body, task_id)
+        spool.close(lambda: self._in_thread(self._files.remove_body, task_id))
 
     def begin(self, task: DetachedTask) -> None:
         """Let it join the line; to be called once for each new task."""

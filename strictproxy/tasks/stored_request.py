@@ -107,8 +107,12 @@ class StoredRequest(UnattendedRequest):
     ) -> None:
         """Note that there will be no answer, or not the rest of it."""
         self.status = error.status
-        self.close()
-        self._taker.failed(error)
+        self._drop(error)
+
+    def _drop(self, error: ProxyError) -> None:
+        self._closed = True
+        # Not before it is certain that nothing will be written any more.
+        self._result.close(lambda: self._taker.failed(error))
 
     def close(self) -> None:
         """Let go of the file."""
@@ -118,8 +122,7 @@ class StoredRequest(UnattendedRequest):
     def _give_up(self, error: ProxyError) -> None:
         if self._ended or self.handler is None:
             # The exchange is over: the slot is somebody else's already.
-            self.close()
-            self._taker.failed(error)
+            self._drop(error)
         else:
             self.handler.client_failed(error)
 
