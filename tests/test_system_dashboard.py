@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,13 @@ class DashboardTests(SystemTestCase):
             self.uvicorn(host, port)
         token = self.folder / "token"
         token.write_text("secret")
+        tasks = self.folder / "tasks"
+        tasks.mkdir()
         static = ", ".join(f'"{host}:{port}"' for host in hosts)
         self.twistd(
             f"upstreams:\n  transcode: {{static: [{static}], limit: 3}}\n"
-            "routes:\n  - {prefix: /, upstream: transcode}\n"
+            "routes:\n  - {prefix: /, upstream: transcode, detach: true}\n"
+            f"tasks: {{directory: {tasks}}}\n"
         )
         # With a token now, as an operator would change it.
         path = self.folder / "strictproxy.yaml"
@@ -137,8 +141,36 @@ class DashboardTests(SystemTestCase):
         load.wait(30)
         self.wait_for(lambda: self.count(driver, ".slots i.busy") == 0, "every slot is free")
         self.wait_for(lambda: self.figure(driver, "waiting") == "0", "the line is empty")
+        self.check_task(driver)
         self.check_quiet(driver)
         self.measure(driver)
+
+    def check_task(self, driver: Any) -> None:
+        """A detached request is seen in the line by the beginning of its id."""
+
+        def pause(paused: bool) -> None:
+            call = urllib.request.Request(
+                f"http://127.0.0.1:{self.admin}/api/v1/upstreams/transcode",
+                json.dumps({"paused": paused}).encode(),
+                {"Authorization": "Bearer secret"},
+                method="PATCH",
+            )
+            urllib.request.urlopen(call, timeout=10).close()
+
+        pause(True)
+        call = urllib.request.Request(
+            f"{self.url}/job", b"work", {"Prefer": "respond-async"}, method="POST"
+        )
+        with urllib.request.urlopen(call, timeout=10) as answer:
+            location = answer.headers["Location"]
+        short = location.rpartition("/")[2][:8]
+        driver.find_element(By.TAG_NAME, "summary").click()
+        self.wait_for(
+            lambda: short in driver.find_element(By.TAG_NAME, "tbody").text, "the task is listed"
+        )
+        self.shoot(driver, "task")
+        pause(False)
+        self.wait_for(lambda: not self.count(driver, "tbody tr"), "its turn has come")
 
     def check_quiet(self, driver: Any) -> None:
         """No error on the console, and no request to anywhere else."""

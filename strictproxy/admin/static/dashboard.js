@@ -174,7 +174,7 @@ class View {
 
 function requestRow(each) {
   const place = each.pod ? `on ${each.pod}` : each.position;
-  const made = row([place, each.route, each.client, duration(each.age), each.request_id]);
+  const made = row([place, each.route, each.client, duration(each.age), each.request_id, each.task ?? ""]);
   if (controls) {
     const cancel = document.createElement("button");
     cancel.textContent = "Cancel";
