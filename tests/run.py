@@ -17,6 +17,7 @@ PURE = (
     "strictproxy/scheduling/*",
     "strictproxy/config/*",
     "strictproxy/routing.py",
+    "strictproxy/tasks/record.py",
     "strictproxy/tasks/rules.py",
     "strictproxy/discovery/kubernetes/slices.py",
     "strictproxy/discovery/stability.py",

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "strictproxy"
 PURE = [
     *sorted((PACKAGE / "scheduling").glob("*.py")),
     PACKAGE / "routing.py",
+    PACKAGE / "tasks" / "record.py",
     PACKAGE / "tasks" / "rules.py",
     PACKAGE / "discovery" / "stability.py",
     PACKAGE / "discovery" / "kubernetes" / "slices.py",
