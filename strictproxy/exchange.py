@@ -281,6 +281,8 @@ class Exchange(Answering):
             reason=failure.getErrorMessage(),
         )
         self._lease = None
+        if self._request.not_reached is not None:
+            self._request.not_reached()
         upstream.unreachable(lease.address, failure.getErrorMessage())
         try:
             self._wait(upstream.move(lease))

@@ -245,6 +245,21 @@ class DetachedTests(DetachedTestCase):
         self.assertIn(b"Content-Length: 1048576\r\n", head)
         self.assertTrue(head.endswith(b"\r\n\r\n"))
 
+    async def test_reload(self) -> None:
+        """Those that wait and run go on, whatever becomes of their route."""
+        await self.begin()
+        locations = [await self.submit(f"/{n}") for n in range(3)]
+        text = self.path.read_text()
+        self.path.write_text(text.replace("name: all, detach: true", "name: other"))
+        await self.service.reload()
+        for number, location in enumerate(locations):
+            wire = await self.arrival(b" /%d " % number)
+            wire.take()
+            wire.send(response(b"answer"))
+            await self.until_state(location, "done")
+        answer = await self.say("GET", locations[2] + "/result")
+        self.assertTrue(answer.received.endswith(b"answer"))
+
     async def test_no_content(self) -> None:
         """Answers without a body stay so; of others only a 200 is sent in parts."""
         await self.begin()
@@ -407,6 +422,25 @@ class EndTests(DetachedTestCase):
             pod.port = reactor.listenTCP(port, pod, interface="127.0.0.1")
         wire = await self.arrival(b"work")
         wire.send(response(b"after all"))
+        await self.until_state(location, "done")
+
+    async def test_refused_and_waits(self) -> None:
+        """A request that a pod refused waits for another; no crash takes it for begun."""
+        await self.begin()
+        blocking = await self.client("/blocks")
+        await self.arrival(b"/blocks")
+        busy, dead = sorted(self.pods, key=lambda pod: not pod.connections)
+        await dead.port.stopListening()
+        location = await self.submit("/mine")
+        await self.until(lambda: self.service.upstreams["u"].state().waiting == 1)
+        await self.until(lambda: self.task(location).record.attempts == 1)
+        document = (await self.ask(location))[1]
+        self.assertEqual((document["state"], document["position"]), ("queued", 1))
+        (stored,) = await self.detached.store.load_detached()
+        self.assertEqual((stored["state"], stored["pod"]), ("queued", None))
+        blocking.reset()
+        wire = await self.arrival(b"/mine", busy)
+        wire.send(response(b"done"))
         await self.until_state(location, "done")
 
     async def test_unreachable_and_cancelled(self) -> None:
@@ -728,8 +762,9 @@ class ClientTests(DetachedTestCase):
         leaves = await self.connect()
         leaves.transport.pauseProducing()
         leaves.send(f"GET {location}/result HTTP/1.1\r\nHost: h\r\n\r\n".encode())
-        await deferLater(reactor, 0.05)
+        await self.until(lambda: len(self.service.site.channels) == 2)
         leaves.reset()
+        await self.until(lambda: len(self.service.site.channels) == 1)
 
     async def test_log_and_metrics(self) -> None:
         """Access log and metrics know of both: the submission, and the run."""

@@ -78,6 +78,10 @@ class Request(Protocol):
         """
 
     @property
+    def not_reached(self) -> Callable[[], None] | None:
+        """What has to be done when the pod could not be reached after all; see `before_pod`."""
+
+    @property
     def task_id(self) -> str | None:
         """What people may call it by, if it is a task."""
 
@@ -186,6 +190,7 @@ class ClientRequest:
     # See `Request`: somebody waits for the answer.
     stored: ClassVar[None] = None
     before_pod: ClassVar[None] = None
+    not_reached: ClassVar[None] = None
     task_id: ClassVar[None] = None
 
     def __init__(self, channel: ServerChannel, head: RequestHead, max_body: int | None) -> None:

@@ -58,7 +58,7 @@ class DetachedTasks:
     """
     All detached requests that are known.
 
-    :param start: makes a run of a request.
+    :param make_run: makes the exchange of a request.
     :param on_end: called with each that has ended.
     """
 
@@ -100,7 +100,7 @@ class DetachedTasks:
     def running(self) -> int:
         """How many have a slot, or have had it and are being written down."""
         return sum(
-            each.settling or (each.run is not None and each.run.granted is not None)
+            each.settling or each.record.state is DetachedState.RUNNING
             for each in self._by_id.values()
         )
 
@@ -110,7 +110,7 @@ class DetachedTasks:
         return bodies, [task.record.id for task in self if task.ended]
 
     def save(self, task: DetachedTask) -> None:
-        """Write down what has changed about a task that has ended."""
+        """Write down how a task is now; if that fails, only a restart would not know."""
         if task.record.id in self._by_id:
             self.store.put_detached(task.record.document()).addErrback(_log_store_failure)
 
@@ -240,7 +240,7 @@ class DetachedTasks:
             return
         record.state = DetachedState.QUEUED
         # A crash must not find that a pod has it. If this fails, that is all it finds.
-        self.store.put_detached(record.document()).addErrback(_log_store_failure)
+        self.save(task)
         if self._stopping:
             return
         pause = task.next_pause()
@@ -379,7 +379,7 @@ class DetachedTasks:
         """Begin nothing any more; those that wait stay on the disk."""
         self._stopping = True
         for task in self:
-            if task.run is not None and task.run.granted is None:
+            if task.run is not None and task.record.state is DetachedState.QUEUED:
                 run, task.run = task.run, None
                 run.withdraw()
             if task.timer is not None:

@@ -34,6 +34,9 @@ class TaskOwner(Protocol):
     #: bytes of all bodies and results
     size: int
 
+    def save(self, task: DetachedTask) -> None:
+        """Write down how a task is now; that may fail."""
+
     def make_room(self, size: int) -> None:
         """Take room for so many bytes. Raises `TaskStoreFull`."""
 
@@ -127,6 +130,12 @@ class DetachedTask:
             record.attempts += 1
         stored = self._owner.store.put_detached(record.document())
         return stored.addCallbacks(lambda _: self.changed(), _not_recorded)
+
+    def not_reached(self) -> None:
+        """Write down that the pod has not seen it; it waits for another one."""
+        self.record.state, self.record.pod = DetachedState.QUEUED, None
+        self._owner.save(self)
+        self.changed()
 
     def takes(self, size: int) -> None:
         """Allow so many more bytes of the answer."""

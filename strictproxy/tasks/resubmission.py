@@ -41,22 +41,6 @@ class Resubmission(UnattendedRequest):
         self.task_id = task_id
         self._over = over
 
-    def send_head(
-        self,
-        status: int,
-        reason: bytes,
-        lines: list[bytes],
-        *,
-        has_body: bool,
-        framed: bool,
-        data: bytes = b"",
-        ended: bool = False,
-    ) -> None:
-        """Take the head of the answer; what it says, the exchange reads for the task."""
-        self.status = status
-        if ended:
-            self.end()
-
     def send(self, data: bytes) -> None:
         """Do nothing: the client has had its answer."""
 

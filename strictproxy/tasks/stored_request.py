@@ -22,6 +22,9 @@ class AnswerTaker(Protocol):
     def before_pod(self, address: Address) -> Deferred[None]:
         """Do what has to be done before a pod may see the request."""
 
+    def not_reached(self) -> None:
+        """Note that the pod has not seen it; it waits for another one."""
+
     def takes(self, size: int) -> None:
         """Allow so many more bytes of the answer. Raises `ProxyError`."""
 
@@ -58,30 +61,12 @@ class StoredRequest(UnattendedRequest):
         super().__init__(head_of(record), stored, Peer(*record.peer), record.client)
         self.task_id = record.short
         self.before_pod = taker.before_pod
-        self._lines: list[bytes] = []
+        self.not_reached = taker.not_reached
         self._taker = taker
         self._result = result
         self._ended = False
         self._closed = False
         result.stored.addCallbacks(self._kept, self._not_kept)
-
-    def send_head(
-        self,
-        status: int,
-        reason: bytes,
-        lines: list[bytes],
-        *,
-        has_body: bool,
-        framed: bool,
-        data: bytes = b"",
-        ended: bool = False,
-    ) -> None:
-        """Take the head of the answer, and the first of its body."""
-        self.status = status
-        self._lines = lines
-        self.send(data)
-        if ended:
-            self.end()
 
     def send(self, data: bytes) -> None:
         """Take more of the body."""
@@ -128,7 +113,7 @@ class StoredRequest(UnattendedRequest):
 
     def _kept(self, _: None) -> None:
         self.close()
-        self._taker.answered(self.status, self._lines)
+        self._taker.answered(self.status, self.lines)
 
     def _not_kept(self, failure: Failure) -> None:
         self._give_up(TaskStoreFailed(f"the result cannot be written: {failure.getErrorMessage()}"))

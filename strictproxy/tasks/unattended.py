@@ -40,9 +40,12 @@ class UnattendedRequest:
         self.task_id: str | None = None
         self._origin = peer, client
         self.before_pod: Callable[[Address], Deferred[None]] = lambda _: succeed(None)
+        self.not_reached: Callable[[], None] | None = None
         self.trailers: list[Field] = []
         self.status = 0
         self.bytes_sent = 0
+        #: header lines of the answer
+        self.lines: list[bytes] = []
 
     def origin(self) -> tuple[Peer, str]:
         """Return who sent it, and the client's address."""
@@ -67,6 +70,31 @@ class UnattendedRequest:
     def send_interim(self, status: int, reason: bytes, lines: list[bytes]) -> None:
         """Do nothing: nobody waits."""
 
+    def send_head(
+        self,
+        status: int,
+        reason: bytes,
+        lines: list[bytes],
+        *,
+        has_body: bool,
+        framed: bool,
+        data: bytes = b"",
+        ended: bool = False,
+    ) -> None:
+        """Take the head of the answer, and the first of its body."""
+        self.status, self.lines = status, lines
+        self.send(data)
+        if ended:
+            self.end()
+
+    def send(self, data: bytes) -> None:
+        """Take more of the answer's body; subclasses say where to."""
+        raise NotImplementedError
+
+    def end(self, data: bytes = b"", trailers: list[Field] | None = None) -> None:
+        """Take the end of the answer."""
+        raise NotImplementedError
+
     def last_on_connection(self) -> None:
         """Do nothing: there is none."""
 
@@ -85,8 +113,6 @@ class Run(Protocol):
     """One try to have a request answered: an exchange."""
 
     number: int
-    #: when it had its slot; None while it waits
-    granted: float | None
 
     def start(self) -> None:
         """Ask for a slot."""
