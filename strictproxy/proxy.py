@@ -45,7 +45,7 @@ from strictproxy.tasks.aftermath import Aftermath
 from strictproxy.tasks.callbacks import Callbacks
 from strictproxy.tasks.detached import DetachedTasks
 from strictproxy.tasks.detached_task import DetachedTask
-from strictproxy.tasks.record import DetachedRecord
+from strictproxy.tasks.record import HeldSlot
 from strictproxy.tasks.task import TrackedTask
 from strictproxy.tasks.tracked import CALLBACK_PATH, TrackedTasks
 from strictproxy.tracing import Tracing
@@ -197,12 +197,15 @@ class ProxyResource(Resource):
         """Return the exchange of a request that nobody waits for."""
         return Exchange(self, request)
 
-    def hold(self, record: DetachedRecord) -> None:
+    def hold(self, task: DetachedTask, slot: HeldSlot) -> None:
         """Hold the slot of a detached request that a crash interrupted."""
-        upstream = self.upstreams.get(record.upstream)
-        if upstream is not None and record.pod is not None:
+        upstream = self.upstreams.get(task.record.upstream)
+        if upstream is None:
+            task.let_go(slot)
+        else:
             number = self.next_number()
-            self.held.add(Aftermath(record, upstream, number, self._clock, self.held.discard))
+            left = self.held.discard
+            self.held.add(Aftermath(task, slot, upstream, number, self._clock, left))
 
     def make_spool(self, request: Request) -> Spool:
         """Return what receives a whole body."""

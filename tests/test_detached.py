@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from twisted.internet.task import deferLater
 
 from strictproxy.config.file import ConfigFile
 from strictproxy.detaching import Submission
+from strictproxy.errors import Cancelled
 from strictproxy.logs import AccessRecord
 from strictproxy.service import ProxyService
 from strictproxy.tasks.detached import DetachedTasks
@@ -861,6 +863,108 @@ class CrashTests(DetachedTestCase):
         await self.answer(3)
         self.assertEqual(await self.results(locations[2:]), [b"answer 2", b"answer 3"])
         await self.until(lambda: not upstream.state().running)
+        self.assertEqual([self.task(each).record.held for each in locations], [[]] * 4)
+
+    async def hold_over_several_crashes(self, repeat: str) -> None:
+        self.detach = f"{{hold_interrupted: 30s, repeat: {repeat}}}"
+        await self.begin()
+        await self.two_run_two_wait()
+        for _ in range(3):
+            await self.crash()
+            state = self.service.upstreams["u"].state()
+            self.assertEqual((state.running, len(self.service.proxy.held)), (2, 2))
+
+    async def test_holds_over_several_crashes(self) -> None:
+        """A second crash makes no pod any faster with what the first one interrupted."""
+        await self.hold_over_several_crashes("false")
+
+    async def test_holds_over_several_crashes_what_is_repeated(self) -> None:
+        """That it waits to run again changes nothing about where it may run still."""
+        await self.hold_over_several_crashes("true")
+
+    async def test_holds_every_slot(self) -> None:
+        """What was interrupted at one pod, and then at another, may still run at both."""
+        self.detach = "{hold_interrupted: 30s, repeat: true}"
+        await self.begin()
+        location = await self.submit()
+        for crashes in (1, 2):
+            await self.arrival(b"work")
+            await self.crash()
+            self.assertEqual(len(self.service.proxy.held), crashes)
+        state = self.service.upstreams["u"].state()
+        self.assertEqual(([pod.leases for pod in state.pods], state.waiting), ([1, 1], 1))
+        self.assertEqual((await self.ask(location))[1]["state"], "queued")
+
+    async def test_holds_after_a_stop(self) -> None:
+        """An orderly stop that does not wait any longer leaves the same behind."""
+        self.detach = "{hold_interrupted: 30s}"
+        await self.begin()
+        await self.two_run_two_wait()
+        for _ in range(2):
+            await self.service.stopService()
+            await self.begin_service()
+            self.assertEqual(len(self.service.proxy.held), 2)
+
+    async def test_given_back(self) -> None:
+        """A slot that an operator has given back is not held by the next process either."""
+        self.detach = "{hold_interrupted: 30s}"
+        await self.begin()
+        locations = [await self.submit(f"/{n}") for n in range(2)]
+        for number in range(2):
+            await self.arrival(b" /%d " % number)
+        await self.crash()
+        first, _ = sorted(self.service.proxy.held, key=lambda each: each.number)
+        await self.call("DELETE", f"/api/v1/requests/{first.number}")
+        held = [len(self.task(each).record.held) for each in locations]
+        self.assertEqual(sorted(held), [0, 1])
+        await self.detached.store.load_detached()  # after everything that is being written
+        await self.crash()
+        self.assertEqual([len(self.task(each).record.held) for each in locations], held)
+        self.assertEqual(len(self.service.proxy.held), 1)
+
+    async def test_held_is_not_forgotten(self) -> None:
+        """A task whose slot is held has ended, and stays until the slot is given back."""
+        self.detach = "{hold_interrupted: 30s}"
+        self.tasks = ", max_count: 2, keep: 1ms"
+        await self.begin()
+        location = await self.submit("/0")
+        done = await self.submit("/1")
+        await self.answer(1)
+        await self.until_state(done, "done")
+        await self.arrival(b" /0 ")
+        await self.crash()
+        await self.until_state(location, "failed")
+        self.detached.sweep()
+        self.assertEqual(
+            [task.record.short for task in self.detached], [self.task(location).record.short]
+        )
+        third = await self.submit("/2")
+        await self.arrival(b" /2 ")
+        wire = await self.say("POST", "/3", ASYNC)
+        self.assertIn(b"HTTP/1.1 503 ", wire.received)
+        await self.answer(2)
+        await self.until_state(third, "done")
+        self.detached.config = replace(self.detached.config, keep=3600.0)
+        await self.submit("/4")
+        self.assertIsNone(self.detached.find(third.rpartition("/")[2]))
+        (held,) = self.service.proxy.held
+        held.abandon(Cancelled("enough"))
+        self.detached.config = replace(self.detached.config, keep=0.0)
+        self.detached.sweep()
+        self.assertIsNone(self.detached.find(location.rpartition("/")[2]))
+
+    async def test_upstream_is_gone(self) -> None:
+        """Where a new configuration has no such pods, there is nothing to hold."""
+        self.detach = "{hold_interrupted: 30s}"
+        await self.begin()
+        location = await self.submit()
+        await self.arrival(b"work")
+        text = self.path.read_text().replace("upstreams: {u: ", "upstreams: {other: ")
+        self.path.write_text(text.replace("upstream: u", "upstream: other"))
+        await self.crash()
+        self.assertEqual(len(self.service.proxy.held), 0)
+        self.assertEqual(self.task(location).record.held, [])
+        await self.until_state(location, "failed")
 
     async def test_repeated(self) -> None:
         """Where the route allows it, what was interrupted runs again, before those behind it."""

@@ -37,7 +37,7 @@ from strictproxy.errors import (
 from strictproxy.http.spool import Spool, StoredBody
 from strictproxy.tasks.detached_task import DetachedTask, Run
 from strictproxy.tasks.files import TaskFiles
-from strictproxy.tasks.record import DetachedRecord, DetachedState, from_document
+from strictproxy.tasks.record import DetachedRecord, DetachedState, HeldSlot, from_document
 from strictproxy.tasks.store import ITaskStore, StoreError
 from strictproxy.tasks.stored_request import StoredRequest
 
@@ -137,8 +137,8 @@ class DetachedTasks:
 
         :raise TaskStoreFull: there is none.
         """
-        while self.size + size > self.config.max_size and self._ended:
-            self.forget(next(iter(self._ended.values())))
+        while self.size + size > self.config.max_size and self._forget_oldest():
+            pass
         if self.size + size > self.config.max_size:
             raise TaskStoreFull(f"bodies and results have the {self.config.max_size} bytes allowed")
         self.size += size
@@ -159,9 +159,8 @@ class DetachedTasks:
             self.discard(record)
             return self._when_stored(known)
         while len(self._by_id) >= self.config.max_count:
-            if not self._ended:
-                raise TooManyTasks(f"{self.config.max_count} of them wait or run")
-            self.forget(next(iter(self._ended.values())))
+            if not self._forget_oldest():
+                raise TooManyTasks(f"{self.config.max_count} of them wait, run or hold a slot")
         task = DetachedTask(self, record)
         self._register(task)
         waiting: Deferred[DetachedTask] = Deferred()
@@ -316,6 +315,15 @@ class DetachedTasks:
         self._in_thread(self._files.remove, task.record.id)
         self.store.remove_detached(task.record.id).addErrback(_log_store_failure)
 
+    def _forget_oldest(self) -> bool:
+        """Forget what has ended first, if anything has."""
+        for task in self._ended.values():
+            # A slot that is held is known by its task's record alone.
+            if not task.record.held:
+                self.forget(task)
+                return True
+        return False
+
     def sweep(self) -> None:
         """End those that have waited too long, and forget those that ended long ago."""
         now = self.clock.seconds()
@@ -328,23 +336,26 @@ class DetachedTasks:
             ended = task.record.ended
             if ended is None or now - ended < self.config.keep:
                 break
-            self.forget(task)
+            if not task.record.held:
+                self.forget(task)
 
     # -- start and stop
 
     def restore(
         self,
         documents: Iterable[Mapping[str, Any]],
-        hold: Callable[[DetachedRecord], None],
+        hold: Callable[[DetachedTask, HeldSlot], None],
     ) -> list[DetachedTask]:
         """
         Take up what was there before a restart; to be called before anything is dispatched.
 
-        :param hold: takes the slot that a pod may still use for a record.
+        :param hold: takes a slot that a pod may still use for a task, until the task is
+            told to `let_go` of it.
         :return: those to `begin`, in order, once all slots are held.
         :raise StoreError: one cannot be read.
         """
         waiting: list[DetachedTask] = []
+        now = self.clock.seconds()
         for document in documents:
             try:
                 record = from_document(document)
@@ -353,6 +364,12 @@ class DetachedTasks:
             task = DetachedTask(self, record)
             self._seq = max(self._seq, record.seq)
             self._register(task)
+            running = record.state is DetachedState.RUNNING
+            if running:
+                record.interrupted(now)
+            record.held = [slot for slot in record.held if slot.until > now]
+            for slot in list(record.held):
+                hold(task, slot)
             if record.state.ended:
                 record.body_size = 0
                 self.size += record.size
@@ -360,12 +377,9 @@ class DetachedTasks:
                 continue
             record.result_size = 0
             self.size += record.size
-            if record.state is DetachedState.QUEUED:
+            if not running:
                 waiting.append(task)
-                continue
-            if record.hold_interrupted:
-                hold(record)
-            if record.repeat and record.attempts < _MAX_ATTEMPTS:
+            elif record.repeat and record.attempts < _MAX_ATTEMPTS:
                 record.state = DetachedState.QUEUED
                 waiting.append(task)
             else:

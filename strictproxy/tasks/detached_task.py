@@ -13,7 +13,7 @@ from twisted.python.failure import Failure
 from strictproxy.errors import ProxyError, ResultTooLarge, TaskNotRecorded
 from strictproxy.scheduling import Address
 from strictproxy.tasks import unattended
-from strictproxy.tasks.record import DetachedRecord, DetachedState
+from strictproxy.tasks.record import DetachedRecord, DetachedState, HeldSlot
 from strictproxy.tasks.store import ITaskStore, StoreError
 from strictproxy.upstream import Upstream
 
@@ -163,6 +163,13 @@ class DetachedTask:
             self.record.attempts -= 1
         self._counted = False
         self._owner.failed(self, error)
+
+    def let_go(self, slot: HeldSlot) -> None:
+        """Note that the slot of a pod is not held any more."""
+        self.record.held.remove(slot)
+        # What is being written is newer than the record; that the slot's time is over is in it.
+        if not self.settling:
+            self._owner.save(self)
 
     # -- inside
 

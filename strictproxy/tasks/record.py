@@ -49,6 +49,16 @@ class Callback:
 
 
 @dataclass(slots=True)
+class HeldSlot:
+    """A slot of a pod that may still be at work on what a crash interrupted."""
+
+    host: str
+    port: int
+    #: seconds of the epoch
+    until: float
+
+
+@dataclass(slots=True)
 class DetachedRecord:
     """One detached request; times are seconds of the epoch, texts of headers are Latin-1."""
 
@@ -78,6 +88,8 @@ class DetachedRecord:
     started: float | None = None
     ended: float | None = None
     pod: tuple[str, int] | None = None
+    #: of pods that had it when the proxy ended; they outlive another such end, and the task
+    held: list[HeldSlot] = field(default_factory=list)
     #: times that it was given to a pod
     attempts: int = 0
     #: of the pod's answer, or of ours
@@ -104,6 +116,11 @@ class DetachedRecord:
     def size(self) -> int:
         """Bytes that its files take."""
         return self.body_size + self.result_size
+
+    def interrupted(self, now: float) -> None:
+        """Note that the proxy has ended while its pod had it."""
+        if self.hold_interrupted and self.pod is not None:
+            self.held.append(HeldSlot(*self.pod, now + self.hold_interrupted))
 
     def document(self, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the record as plain data, with these changes."""
@@ -154,6 +171,7 @@ def from_document(document: Mapping[str, Any]) -> DetachedRecord:
         if record.pod is not None:
             host, port = record.pod
             record.pod = (host, port)
+        record.held = [HeldSlot(**each) for each in document.get("held", [])]
         if document.get("callback") is not None:
             record.callback = Callback(**document["callback"])
     except (TypeError, KeyError, ValueError) as error:
