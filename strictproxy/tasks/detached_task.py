@@ -167,7 +167,7 @@ class DetachedTask:
     def let_go(self, slot: HeldSlot) -> None:
         """Note that the slot of a pod is not held any more."""
         self.record.held.remove(slot)
-        # What is being written is newer than the record; that the slot's time is over is in it.
+        # The record does not say yet what is being written of its end: it must not overwrite it.
         if not self.settling:
             self._owner.save(self)
 
