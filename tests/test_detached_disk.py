@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib  # not from it: trial takes a `suppress` of the module for its own
 import errno
 import os
 import shutil
@@ -10,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from twisted.internet import reactor as _reactor
-from twisted.internet.defer import fail
-from twisted.internet.task import deferLater
+from twisted.internet.defer import Deferred, fail
 
 from strictproxy.config.file import ConfigFile
 from strictproxy.errors import Cancelled
 from strictproxy.service import ProxyService
-from strictproxy.tasks.store import StoreError
+from strictproxy.tasks.store import SqliteStore, StoreError
 from tests.harness import response
 from tests.test_detached import ASYNC, DetachedTestCase
 
@@ -28,8 +28,17 @@ class CrashTests(DetachedTestCase):
 
     async def crash(self) -> None:
         """Copy the disk as it is, stop the process, and begin another with the copy."""
-        copy = Path(self.mktemp())
-        shutil.copytree(self.folder, copy, ignore=shutil.ignore_patterns("lock"))
+        copy, lock = Path(self.mktemp()), shutil.ignore_patterns("lock")
+
+        def copy_file(source: str, target: str) -> None:
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # it is of a task that has ended, and was removed
+                shutil.copyfile(source, target)
+
+        store: Any = self.detached.store
+        # In the store's own thread: the copy of a file that is being written would be torn.
+        await store._run(lambda _: shutil.copytree(self.folder, copy, False, lock, copy_file))
         await self.service.stopService()
         self.path.write_text(self.path.read_text().replace(str(self.folder), str(copy)))
         self.folder = copy
@@ -37,8 +46,8 @@ class CrashTests(DetachedTestCase):
 
     async def two_run_two_wait(self) -> list[str]:
         locations = [await self.submit(f"/{n}") for n in range(4)]
-        for location in locations[:2]:
-            await self.until_state(location, "running")
+        for number in range(2):
+            await self.arrival(b" /%d " % number)  # that a pod has it is on the disk by then
         return locations
 
     async def answer(self, number: int) -> None:
@@ -150,10 +159,35 @@ class CrashTests(DetachedTestCase):
         self.assertEqual([len(self.task(each).record.held) for each in locations], held)
         self.assertEqual(len(self.service.proxy.held), 1)
 
+    async def test_given_back_while_the_end_is_written(self) -> None:
+        """What is being written knows of the slot still; it is written once more."""
+        self.detach = "{hold_interrupted: 30s}"
+        await self.begin()
+        location = await self.submit()
+        await self.arrival(b"work")
+        put, slow = SqliteStore.put_detached, Deferred[None]()
+
+        def put_slowly(store: SqliteStore, document: Any, *, new: bool = False) -> Any:
+            written = put(store, document, new=new)
+            return slow.addCallback(lambda _: written) if document["ended"] else written
+
+        patched = self.patch(SqliteStore, "put_detached", put_slowly)
+        await self.crash()
+        patched.restore()
+        (held,) = self.service.proxy.held
+        self.assertTrue(self.task(location).settling)
+        held.abandon(Cancelled("enough"))
+        slow.callback(None)
+        await self.until_state(location, "failed")
+        await self.detached.store.load_detached()
+        await self.crash()
+        self.assertEqual(len(self.service.proxy.held), 0)
+        self.assertEqual((await self.ask(location))[1]["state"], "failed")
+
     async def test_held_is_not_forgotten(self) -> None:
         """A task whose slot is held has ended, and stays until the slot is given back."""
         self.detach = "{hold_interrupted: 30s}"
-        self.tasks = ", max_count: 2, keep: 1ms"
+        self.tasks = ", max_count: 2"
         await self.begin()
         location = await self.submit("/0")
         done = await self.submit("/1")
@@ -162,24 +196,27 @@ class CrashTests(DetachedTestCase):
         await self.arrival(b" /0 ")
         await self.crash()
         await self.until_state(location, "failed")
-        self.detached.sweep()
-        self.assertEqual(
-            [task.record.short for task in self.detached], [self.task(location).record.short]
-        )
+        self.sweep_all()
+        self.assertEqual(list(self.detached), [self.task(location)])
         third = await self.submit("/2")
         await self.arrival(b" /2 ")
         wire = await self.say("POST", "/3", ASYNC)
         self.assertIn(b"HTTP/1.1 503 ", wire.received)
         await self.answer(2)
         await self.until_state(third, "done")
-        self.detached.config = replace(self.detached.config, keep=3600.0)
         await self.submit("/4")
         self.assertIsNone(self.detached.find(third.rpartition("/")[2]))
         (held,) = self.service.proxy.held
         held.abandon(Cancelled("enough"))
-        self.detached.config = replace(self.detached.config, keep=0.0)
-        self.detached.sweep()
+        self.sweep_all()
         self.assertIsNone(self.detached.find(location.rpartition("/")[2]))
+
+    def sweep_all(self) -> None:
+        """Forget what has ended as if it had been kept long enough."""
+        config = self.detached.config
+        self.detached.config = replace(config, keep=0.0)
+        self.detached.sweep()
+        self.detached.config = config
 
     async def test_upstream_is_gone(self) -> None:
         """Where a new configuration has no such pods, there is nothing to hold."""
@@ -204,6 +241,24 @@ class CrashTests(DetachedTestCase):
             await self.answer(number)
         self.assertEqual(await self.results(locations), [b"answer %d" % n for n in range(4)])
 
+    async def begin_another(self) -> ProxyService:
+        """Begin one more process, as it were; return it when the folder was refused to it."""
+        refused: list[Any] = []
+        load = SqliteStore.load
+
+        def watched(store: SqliteStore) -> Any:
+            return load(store).addErrback(lambda failure: (refused.append(failure), failure)[1])
+
+        self.patch(SqliteStore, "load", watched)
+        file = ConfigFile(self.path)
+        service = ProxyService(file.read(), reactor, file)
+        self.patch(service, "_take_signals", lambda: None)
+        self.failures: list[Any] = []
+        self.patch(service, "_cannot_start", self.failures.append)
+        service.startService()
+        await self.until(lambda: refused)
+        return service
+
     async def test_change_over(self) -> None:
         """The next process waits for the folder until this one has let go of it."""
         await self.begin()
@@ -211,30 +266,21 @@ class CrashTests(DetachedTestCase):
         await self.answer_to(b"work")
         await self.until_state(location, "done")
         first = self.service
-        file = ConfigFile(self.path)
-        self.service = ProxyService(file.read(), reactor, file)
-        self.patch(self.service, "_take_signals", lambda: None)
-        self.service.startService()
-        await deferLater(reactor, 0.1)
+        self.service = await self.begin_another()
         self.assertIsNone(self.service.proxy.detached)
         await first.stopService()
         await self.service.started
+        self.assertEqual(self.failures, [])
         self.traffic, self.admin = self.service.addresses()
         self.assertEqual(await self.results([location]), [b"answer"])
 
     async def test_stopped_before_its_turn(self) -> None:
         """A process that waits for the folder can be stopped, and leaves nothing behind."""
         await self.begin()
-        file = ConfigFile(self.path)
-        second = ProxyService(file.read(), reactor, file)
-        self.patch(second, "_take_signals", lambda: None)
-        failures: list[Any] = []
-        self.patch(second, "_cannot_start", failures.append)
-        second.startService()
-        await deferLater(reactor, 0.1)
+        second = await self.begin_another()
         await second.stopService()
         await second.started
-        self.assertIn("another process has it", str(failures[0].value))
+        self.assertIn("another process has it", str(self.failures[0].value))
         await self.submit()
 
     async def answer_to(self, part: bytes) -> None:

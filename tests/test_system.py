@@ -168,13 +168,24 @@ class SystemTestCase(SynchronousTestCase):
     # -- pods
 
     def uvicorn(self, host: str, port: int) -> subprocess.Popen[bytes]:
-        (self.folder / "pod.py").write_text(APPLICATION)
-        process = self.spawn(
-            sys.executable, "-m", "uvicorn", "--host", host, "--port", str(port),
-            "--log-level", "warning", "pod:app", log=f"{host}.log", cwd=self.folder,
-        )  # fmt: skip
-        self.wait_for(lambda: self.get(f"http://{host}:{port}/stats")[0] == 200, f"{host} answers")
-        return process
+        return self.uvicorns([host], port)[0]
+
+    def uvicorns(
+        self, hosts: list[str], port: int, application: str = APPLICATION
+    ) -> list[subprocess.Popen[bytes]]:
+        """Run an application, which has to know /stats, at each of these hosts."""
+        (self.folder / "pod.py").write_text(application)
+        processes = [
+            self.spawn(
+                sys.executable, "-m", "uvicorn", "--host", host, "--port", str(port),
+                "--log-level", "warning", "pod:app", log=f"{host}.log", cwd=self.folder,
+            )
+            for host in hosts
+        ]  # fmt: skip
+        for host in hosts:
+            url = f"http://{host}:{port}/stats"
+            self.wait_for(lambda url=url: self.get(url)[0] == 200, f"{host} answers")
+        return processes
 
     def nginx(self, host: str, port: int) -> subprocess.Popen[bytes]:
         folder = self.folder / host

@@ -6,7 +6,6 @@ import hashlib
 import http.client
 import json
 import random
-import sys
 import threading
 import time
 import urllib.error
@@ -60,15 +59,8 @@ class KilledTests(SystemTestCase):
         """
         port = free_port("0.0.0.0")
         hosts = [f"127.0.8.{n + 1}" for n in range(self.PODS)]
-        (self.folder / "service.py").write_text(APPLICATION)
-        for host in hosts:
-            self.spawn(
-                sys.executable, "-m", "uvicorn", "--host", host, "--port", str(port),
-                "--log-level", "warning", "service:app", log=f"{host}.log", cwd=self.folder,
-            )  # fmt: skip
+        self.uvicorns(hosts, port, APPLICATION)
         self.stats_urls = [f"http://{host}:{port}/stats" for host in hosts]
-        for url in self.stats_urls:
-            self.wait_for(lambda url=url: self.get(url)[0] == 200, url)
         tasks = self.folder / "tasks"
         tasks.mkdir()
         static = ", ".join(f'"{host}:{port}"' for host in hosts)

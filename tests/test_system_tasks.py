@@ -73,16 +73,7 @@ class AsynchronousServiceTests(SystemTestCase):
     def start(self, task: str) -> list[str]:
         port = free_port("0.0.0.0")
         hosts = [f"127.0.6.{n + 1}" for n in range(self.PODS)]
-        (self.folder / "service.py").write_text(APPLICATION)
-        for host in hosts:
-            self.spawn(
-                sys.executable, "-m", "uvicorn", "--host", host, "--port", str(port),
-                "--log-level", "warning", "service:app", log=f"{host}.log", cwd=self.folder,
-            )  # fmt: skip
-        for host in hosts:
-            self.wait_for(
-                lambda host=host: self.get(f"http://{host}:{port}/stats")[0] == 200, f"{host}"
-            )
+        self.uvicorns(hosts, port, APPLICATION)
         static = ", ".join(f'"{host}:{port}"' for host in hosts)
         self.twistd(
             f"upstreams:\n  jobs:\n    static: [{static}]\n    limit: {self.LIMIT}\n"

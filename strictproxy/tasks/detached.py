@@ -252,18 +252,21 @@ class DetachedTasks:
         task.settling = True
         task.timer = None
         changes |= {"state": state, "ended": self.clock.seconds()}
+        held = len(task.record.held)
         stored = self.store.put_detached(task.record.document(changes))
         stored.addCallbacks(
-            lambda _: self._settled(task, changes),
+            lambda _: self._settled(task, changes, held),
             lambda failure: self._not_settled(failure, task, state, changes),
         )
         stored.addErrback(lambda failure: _log.failure("a task cannot end", failure=failure))
 
-    def _settled(self, task: DetachedTask, changes: Mapping[str, Any]) -> None:
+    def _settled(self, task: DetachedTask, changes: Mapping[str, Any], held: int) -> None:
         task.settling = False
         record = task.record
         for name, value in changes.items():
             setattr(record, name, value)
+        if len(record.held) != held:
+            self.save(task)  # a slot was given back while this was written
         self._ended[record.id] = task
         self.size -= record.body_size
         record.body_size = 0

@@ -167,7 +167,7 @@ class DetachedTask:
     def let_go(self, slot: HeldSlot) -> None:
         """Note that the slot of a pod is not held any more."""
         self.record.held.remove(slot)
-        # The record does not say yet what is being written of its end: it must not overwrite it.
+        # The record does not say yet what is being written of its end; it is saved after that.
         if not self.settling:
             self._owner.save(self)
 
