@@ -137,7 +137,7 @@ class DetachedTests(DetachedTestCase):
         self.assertIn(b"\r\nX-Theirs: too\r\n", result.received)
         self.assertTrue(result.received.endswith(b"\r\n\r\nthe result"))
         self.assertEqual(self.service.upstreams["u"].state().running, 0)
-        self.assertFalse(list((self.folder / "bodies").iterdir()))
+        await self.until(lambda: not list((self.folder / "bodies").iterdir()))
 
     async def test_order(self) -> None:
         """They stand in the same line as those who wait, and know their place."""

@@ -80,7 +80,7 @@ class CrashTests(DetachedTestCase):
         self.assertEqual(
             await self.results([done, *locations[2:]]), [b"answer 9", b"answer 2", b"answer 3"]
         )
-        self.assertEqual([p.name for p in (self.folder / "bodies").iterdir()], [])
+        await self.until(lambda: not list((self.folder / "bodies").iterdir()))
         self.assertEqual(len(list((self.folder / "results").iterdir())), 3)
 
     async def test_holds_slots(self) -> None:
@@ -150,6 +150,8 @@ class CrashTests(DetachedTestCase):
         for number in range(2):
             await self.arrival(b" /%d " % number)
         await self.crash()
+        for location in locations:
+            await self.until_state(location, "failed")
         first, _ = sorted(self.service.proxy.held, key=lambda each: each.number)
         await self.call("DELETE", f"/api/v1/requests/{first.number}")
         held = [len(self.task(each).record.held) for each in locations]
