@@ -28,8 +28,10 @@ ROOT = Path(__file__).parent.parent
 NEEDED = ("nginx", "dnsmasq", "hey", "curl")
 
 #: An application that counts, by itself, how many requests it works on at once.
+#: A job takes ?seconds= (0.1 s if left out), and then as long as there is a file "hold".
 APPLICATION = """
 import asyncio, json, os
+from urllib.parse import parse_qs
 now = most = served = 0
 
 async def app(scope, receive, send):
@@ -44,7 +46,10 @@ async def app(scope, receive, send):
         return
     now += 1
     most = max(most, now)
-    await asyncio.sleep(0.1)
+    query = parse_qs(scope["query_string"].decode())
+    await asyncio.sleep(float(query.get("seconds", ["0.1"])[0]))
+    while os.path.exists("hold"):
+        await asyncio.sleep(0.02)
     await send(start)
     now -= 1
     served += 1
@@ -186,6 +191,14 @@ class SystemTestCase(SynchronousTestCase):
             url = f"http://{host}:{port}/stats"
             self.wait_for(lambda url=url: self.get(url)[0] == 200, f"{host} answers")
         return processes
+
+    def hold_jobs(self) -> None:
+        """No job of pods that run by now ends before release_jobs(), or the test's end."""
+        (self.folder / "hold").touch()
+        self.addCleanup(self.release_jobs)
+
+    def release_jobs(self) -> None:
+        (self.folder / "hold").unlink(missing_ok=True)
 
     def nginx(self, host: str, port: int) -> subprocess.Popen[bytes]:
         folder = self.folder / host

@@ -74,8 +74,7 @@ class DashboardTests(SystemTestCase):
         """Slots fill and empty, the line grows and shrinks, drain works; nothing leaves."""
         port = free_port("0.0.0.0")
         hosts = [f"127.0.5.{n + 1}" for n in range(4)]
-        for host in hosts:
-            self.uvicorn(host, port)
+        self.uvicorns(hosts, port)
         token = self.folder / "token"
         token.write_text("secret")
         tasks = self.folder / "tasks"

@@ -302,14 +302,10 @@ class KilledPodsTests(SystemTestCase):
 
         :return: statuses, the access log, and how many were in flight on the two.
         """
-        from tests import test_system
-
-        # Long jobs: whatever is in flight has been read by its pod.
-        application = test_system.APPLICATION.replace("sleep(0.1)", "sleep(1.5)")
-        self.patch(test_system, "APPLICATION", application)
         port = free_port("0.0.0.0")
         hosts = [f"127.0.2.{n + 1}" for n in range(4)]
-        pods = [self.uvicorn(host, port) for host in hosts]
+        pods = self.uvicorns(hosts, port)
+        self.hold_jobs()
         static = ", ".join(f'"{host}:{port}"' for host in hosts)
         self.twistd(
             f"""\
@@ -326,7 +322,7 @@ log: {{format: json}}
         clients = [
             self.spawn(
                 "curl", "-s", "-X", method, "-o", "/dev/null", "-w", "%{http_code}\n",
-                f"{self.url}/job", log="codes.txt",
+                f"{self.url}/job?seconds=1.5", log="codes.txt",
             )
             for _ in range(24)
         ]  # fmt: skip
@@ -344,6 +340,7 @@ log: {{format: json}}
         flying = sum(pod["leases"] for pod in state if pod["address"].split(":")[0] in hosts[:2])
         for pod in pods[:2]:
             pod.kill()
+        self.release_jobs()
         for client in clients:
             client.wait(60)
         self.wait_for(
