@@ -377,13 +377,14 @@ class Exchange(Answering):
         if ended:
             self._connection = None
             self._release_lease()
-        self._judge(head)
+        now = self._proxy.now()
+        self._judge(head, now)
         request = self._request
         early = not request.body_ended and (ended or head.status >= 400)
         if early:
             # A 413, say: the rest of the body will not be read by anybody.
             request.last_on_connection()
-        lines = self._response_lines(head)
+        lines = self._response_lines(head, now)
         request.send_head(
             head.status,
             _reason(head),
@@ -398,13 +399,13 @@ class Exchange(Answering):
         else:
             self._splice_response()
 
-    def _judge(self, head: ResponseHead) -> None:
+    def _judge(self, head: ResponseHead, now: float) -> None:
         """Tell the upstream how its pod did."""
         upstream, forwarding, pod = self.upstream, self._forwarding, self.pod
         if upstream is None or forwarding is None or pod is None:
             return
         if self.granted is not None:
-            upstream.began_to_answer(pod, self._proxy.now() - self.granted)
+            upstream.began_to_answer(pod, now - self.granted)
         if head.status in forwarding.route.failures:
             upstream.failed(pod, f"it answered with {head.status}")
         else:
@@ -425,10 +426,10 @@ class Exchange(Answering):
     def _count(self, sent: int) -> None:
         self._request.bytes_sent += sent
 
-    def _response_lines(self, head: ResponseHead) -> list[bytes]:
+    def _response_lines(self, head: ResponseHead, now: float) -> list[bytes]:
         assert self._forwarding is not None
         assert self.granted is not None
-        waited, pod_time = self.granted - self._started, self._proxy.now() - self.granted
+        waited, pod_time = self.granted - self._started, now - self.granted
         return self._forwarding.response_lines(head, self.identity, waited, pod_time)
 
     def pod_data(self, data: bytes) -> None:
@@ -487,7 +488,7 @@ class Exchange(Answering):
             self.pod_failed(BadResponse("the pod upgraded a request that did not ask for it"))
             return
         self._tunnel = True
-        lines = self._response_lines(head)
+        lines = self._response_lines(head, self._proxy.now())
         lines.append(b"Connection: Upgrade\r\nUpgrade: %b\r\n" % head.upgrade)
         request.switch(lines, data)
 

@@ -286,7 +286,8 @@ class ServerChannel(TwistedProtocol):
             self.expect_body()
         try:
             request.limit_body(site.max_body)
-            site.getResourceFor(request).render(request)
+            # It is a leaf and does its own routing: nothing to walk through.
+            site.resource.render(request)
         except ProxyError as error:
             request.fail(error)
         except Exception:

@@ -177,15 +177,9 @@ class ClientRequest:
         "head",
         "head_sent",
         "max_body",
-        "prepath",
-        "site",
-        "sitepath",
         "status",
         "trailers",
     )
-
-    #: for Site.getResourceFor: the root resource is a leaf and does its own routing
-    postpath: tuple[bytes, ...] = ()
 
     # See `Request`: somebody waits for the answer.
     stored: ClassVar[None] = None
@@ -197,7 +191,6 @@ class ClientRequest:
         self.channel: ServerChannel | None = channel
         self.head = head
         self.handler: RequestHandler | None = None
-        self.prepath: list[bytes] = []
         self.max_body = max_body
         self.body_ended = not head.has_body
         self.trailers: list[Field] = []
